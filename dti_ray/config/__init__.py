@@ -1,0 +1,32 @@
+"""Configuration, declared once (`schema`) and loaded in one way (`load`)."""
+
+from dti_ray.config.load import config_hash, differences, dotted_keys, from_yaml, load_config, to_yaml
+from dti_ray.config.schema import (
+    DataConfig,
+    DebiasConfig,
+    ModelConfig,
+    OptimConfig,
+    PackingConfig,
+    PromptConfig,
+    ResetConfig,
+    RunConfig,
+    Window,
+)
+
+__all__ = [
+    "DataConfig",
+    "DebiasConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "PromptConfig",
+    "ResetConfig",
+    "RunConfig",
+    "Window",
+    "config_hash",
+    "differences",
+    "dotted_keys",
+    "from_yaml",
+    "load_config",
+    "to_yaml",
+]

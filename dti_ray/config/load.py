@@ -1,0 +1,173 @@
+"""From files and overrides to one frozen `RunConfig`, or to the list of all faults.
+
+Stage: configuration. In: YAML files in order, then dotted overrides. Out: `RunConfig`.
+Invariant: schema defaults < files in the order given < overrides; every fault is reported at once,
+one line each, with its dotted path, what was got and what was expected.
+
+    load_config(["configs/demo.yaml"], ["optim.lr=3e-4", "packing.k=50"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dti_ray.config.schema import RunConfig
+from dti_ray.errors import ConfigError, Fault
+
+Tree = dict[str, object]
+
+# What may differ between two runs of one name: where it runs and how often it reports, not what it learns.
+NOT_IN_HASH = ("storage", "cluster")
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge files and overrides and validate the result.
+
+    Args:
+        files: YAML files; later ones win key by key.
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: with one fault per unreadable file, unknown key or value out of range.
+    """
+    tree: Tree = {}
+    faults: list[Fault] = []
+    for path in files:
+        try:
+            _merge(tree, _read_yaml(Path(path)))
+        except ConfigError as error:
+            faults.extend(error.faults)
+    for override in overrides:
+        try:
+            _merge(tree, _parse_override(override))
+        except ConfigError as error:
+            faults.extend(error.faults)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*faults, *_faults_of(error)) from None
+    if faults:
+        raise ConfigError(*faults)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the effective configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def from_yaml(text: str) -> RunConfig:
+    """Return the configuration that `to_yaml` wrote."""
+    return RunConfig.model_validate(yaml.safe_load(text))
+
+
+def config_hash(config: RunConfig) -> str:
+    """Return 16 hex digits that name what a run learns (not where it runs)."""
+    tree = config.model_dump(mode="json", exclude=set(NOT_IN_HASH))
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[Fault]:
+    """Return one fault per dotted key whose value differs between two configurations."""
+    before, after = (dict(_leaves(c.model_dump(mode="json", exclude=set(NOT_IN_HASH)))) for c in (old, new))
+    return [
+        Fault(where=key, problem=f"got {after.get(key)!r}", expected=f"{before.get(key)!r} as in the stored run")
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of the schema, sections first."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(Fault(str(path), f"cannot be read ({error.strerror})", "a YAML file")) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(Fault(str(path), f"is not YAML: {' '.join(str(error).split())}")) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(Fault(str(path), f"holds a {type(tree).__name__}", "sections such as `optim:`"))
+    return tree
+
+
+def _parse_override(override: str) -> Tree:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(Fault(override, "is not an override", "`section.key=value`, as in optim.lr=3e-4"))
+    try:
+        value: object = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(Fault(key, f"got {text!r}, which is not a YAML value")) from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _merge(into: Tree, tree: Tree) -> None:
+    for key, value in tree.items():
+        below = into.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            _merge(below, value)
+        else:
+            into[key] = value
+
+
+def _faults_of(error: ValidationError) -> Iterable[Fault]:
+    known = list(dotted_keys())
+    got_at: dict[str, str] = {}
+    expected_at: dict[str, list[str]] = {}  # a union reports each of its branches
+    for detail in error.errors(include_url=False):
+        where = ".".join(str(part) for part in detail["loc"]) or "configuration"
+        if detail["type"] == "extra_forbidden":
+            yield Fault(where, "unknown key", hint=_suggestion(where, known))
+        elif detail["type"] == "value_error":
+            yield Fault(where, str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"])
+        else:
+            where = _field(where, known)
+            expected_at.setdefault(where, []).append(detail["msg"].removeprefix("Input should be "))
+            got_at[where] = f"got {detail['input']!r}"
+    for where, expected in expected_at.items():
+        yield Fault(where, got_at[where], " or ".join(expected))
+
+
+def _field(where: str, known: list[str]) -> str:
+    """Strip what pydantic appends to name the branch of a union."""
+    while where not in known and "." in where:
+        where = where.rpartition(".")[0]
+    return where
+
+
+def _suggestion(where: str, known: list[str]) -> str:
+    leaf = where.rpartition(".")[2]
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = same_leaf or difflib.get_close_matches(where, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    section = where.rpartition(".")[0]
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    return f"known here: {', '.join(siblings)}" if siblings else "see `dti-ray config show`"
+
+
+def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""The data path: sources, interactions, prompts, plan, packing, pipeline."""

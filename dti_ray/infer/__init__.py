@@ -1,0 +1,1 @@
+"""Using a trained model: evaluation and the baselines it is held against."""

@@ -1,0 +1,1 @@
+"""The model: batch, masks, attention, backbone, loss."""

@@ -1,0 +1,1 @@
+"""What a cluster runs: one short entry point per job."""
