@@ -32,7 +32,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
     Args:
         files: YAML files; later ones win key by key.
-        overrides: `dotted.key=value` strings; the value is read as YAML.
+        overrides: `dotted.key=value` strings; the value is read as YAML, or as text where it is none.
 
     Raises:
         ConfigError: with one fault per unreadable file, unknown key or value out of range.
@@ -113,7 +113,7 @@ def _parse_override(override: str) -> Tree:
     try:
         value: object = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(Fault(key, f"got {text!r}, which is not a YAML value")) from None
+        value = text  # a template or a pattern, typed without YAML's quotes
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     assert isinstance(value, dict)

@@ -68,6 +68,9 @@ class PromptConfig(Section):
     item_template: str = Field(
         "{title}", description="item text; {column} names a column of the item catalogue", min_length=1
     )
+    word_break: str = Field(
+        r"\s+", description="regular expression between two words; for the tokenizer built from the catalogue"
+    )
     prefix: str = Field("", description="text before the first interaction, read once by every prompt")
     yes_token: str = Field("<yes>", min_length=1, description="feedback of a click; must be one token")
     no_token: str = Field("<no>", min_length=1, description="feedback of no click; must be one token")

@@ -1,0 +1,288 @@
+"""The algorithm: users' interactions become prompts of n context and k target interactions, laid into rows.
+
+Stage: packing. In: `UserSequences`, a `TokenTable`, a `PackSpec`. Out: `PackedRow`s of integers.
+Invariant: each target of the split stands in exactly one row; no row holds more than `row_tokens` tokens;
+a token carries all that the mask needs: its prompt, its interaction, and its *cut*, the first interaction
+that it may not see (its own number if ordered, the first of its second if strictly earlier).
+
+    6 interactions a..f, n = 2, targets d e f, k = 3      prompt   b + c - d S + e S - f S
+    (+ and - are feedback, S is [SUM]; the last feedback has no reader and is left out)
+    interaction   1 1 2 2 3 3 3 4 4 4 5 5        S has its interaction's number and the
+    cut           1 1 2 2 3 3 3 4 4 4 5 5        position behind its text: + and S share one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dti_ray.config import PackingConfig
+from dti_ray.data.interactions import UserSequences
+from dti_ray.data.prompts import NO, TokenTable
+from dti_ray.errors import ConfigError, Fault
+
+
+@dataclass(frozen=True)
+class PackSpec:
+    """What the algorithm needs to know of the configuration.
+
+    Attributes:
+        k: targets of a prompt; None streams a user's whole run of targets.
+        n: context interactions in front of a prompt's first target.
+        strictly_earlier: hide feedback that carries the target's own timestamp.
+        min_context: targets with fewer interactions before them are left out.
+        row_tokens: capacity of a row, prefix and [SUM] included.
+        split: 0 train, 1 valid, 2 test: whose interactions are targets.
+    """
+
+    k: int | None
+    n: int
+    strictly_earlier: bool
+    min_context: int
+    row_tokens: int
+    split: int
+
+    def sliding(self) -> PackSpec:
+        """Return the same with one target a prompt."""
+        return replace(self, k=1)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Prompts laid one after another; [SUM] tokens are kept beside the content, by reference.
+
+    Attributes:
+        tokens: int32 [C], item tokens and feedback.
+        positions: int32 [C], rotary position; every prompt starts at 0.
+        prompt: int32 [C], number of the prompt in the row, from 1 (0 is padding).
+        interaction: int32 [C], number of the interaction in its user's history.
+        cut: int32 [C], first interaction of the user that the token may not see, its own apart.
+        after: int32 [S], index of the content token that a [SUM] stands behind.
+        labels: int8 [S], feedback of the target.
+        users: int64 [S], the target's user, as numbered by the sequences that were packed.
+        prefix_tokens: tokens of the shared prefix, counted into the capacity.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    prompt: np.ndarray
+    interaction: np.ndarray
+    cut: np.ndarray
+    after: np.ndarray
+    labels: np.ndarray
+    users: np.ndarray
+    prefix_tokens: int = 0
+
+    @property
+    def targets(self) -> int:
+        """Number of targets in the row."""
+        return len(self.after)
+
+    @property
+    def size_tokens(self) -> int:
+        """Tokens of the row: prefix, content and [SUM]."""
+        return self.prefix_tokens + len(self.tokens) + len(self.after)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """A table of prompts, one entry each; all numbers index the flat interactions of the sequences.
+
+    The context is [start, first), the targets are [first, end).
+    """
+
+    user: np.ndarray
+    start: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> _Prompts:
+        return _Prompts(self.user[index], self.start[index], self.first[index], self.end[index])
+
+
+def pack_spec(packing: PackingConfig, context: str, split: int, **changes: int | None) -> PackSpec:
+    """Derive the specification of one split from the configuration."""
+    spec = PackSpec(
+        k=None if packing.k == "all" else packing.k,
+        n=packing.n,
+        strictly_earlier=context == "strictly_earlier",
+        min_context=packing.min_context,
+        row_tokens=packing.row_tokens,
+        split=split,
+    )
+    return replace(spec, **changes)
+
+
+def check_capacity(spec: PackSpec, table: TokenTable, where: str = "packing.row_tokens") -> None:
+    """Refuse a row that could not hold one prompt of the catalogue's longest items.
+
+    Raises:
+        ConfigError: with the size needed.
+    """
+    longest = int(table.lengths.max(initial=1)) + 1
+    targets = spec.k if spec.k is not None else 1
+    needed = len(table.prefix) + (spec.n + targets) * longest + targets
+    if spec.row_tokens < needed:
+        raise ConfigError(
+            Fault(where, f"got {spec.row_tokens}",
+                  f"at least {needed}: n + k = {spec.n + targets} interactions of up to {longest} tokens",
+                  "raise it, or lower packing.k, packing.n or prompt.max_item_tokens")
+        )
+
+
+def pack(
+    sequences: UserSequences,
+    table: TokenTable,
+    spec: PackSpec,
+    rows: int | None = None,
+    rng: np.random.Generator | None = None,
+) -> Iterator[PackedRow]:
+    """Pack one split of some users.
+
+    Args:
+        sequences: time-ordered interactions of whole users.
+        table: item texts as tokens.
+        spec: the layout; it must have passed `check_capacity`.
+        rows: spread the targets evenly over so many rows; None fills each row to its capacity.
+        rng: shuffles the prompts of all users; None keeps their order.
+
+    Yields:
+        Rows in order; more than `rows` only where the capacity forces it, fewer where prompts run out.
+    """
+    histories = _Histories.of(sequences, table, spec)
+    prompts = _cut_oversized(_prompts(sequences, histories.cut, spec), histories, spec, len(table.prefix))
+    if rng is not None:
+        prompts = prompts.take(rng.permutation(len(prompts.user)))
+    for chosen in _rows(prompts, histories.sizes(prompts), spec.row_tokens - len(table.prefix), rows):
+        yield _assemble(prompts.take(chosen), histories, sequences, table)
+
+
+@dataclass(frozen=True)
+class _Histories:
+    """Per flat interaction: its user's start, its cut, and the content tokens before it (N + 1 entries)."""
+
+    user_start: np.ndarray
+    cut: np.ndarray
+    before: np.ndarray
+
+    @classmethod
+    def of(cls, sequences: UserSequences, table: TokenTable, spec: PackSpec) -> _Histories:
+        lengths = table.lengths[sequences.items] + 1
+        user_start = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))
+        number = np.arange(len(sequences.items))
+        cut = number
+        if spec.strictly_earlier:
+            starts_second = np.ones(len(number), dtype=bool)
+            starts_second[1:] = (np.diff(sequences.times) != 0) | (np.diff(user_start) != 0)
+            cut = np.maximum.accumulate(np.where(starts_second, number, 0))
+        return cls(user_start, cut, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def sizes(self, prompts: _Prompts) -> np.ndarray:
+        """Tokens of each prompt, [SUM]s included; the last feedback is left out."""
+        content = self.before[prompts.end] - self.before[prompts.start] - 1
+        return content + prompts.end - prompts.first
+
+
+def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec) -> _Prompts:
+    """Cut each user's targets into runs of k."""
+    is_target = sequences.splits == spec.split
+    counts = np.concatenate([[0], np.cumsum(is_target)])
+    per_user = counts[sequences.offsets[1:]] - counts[sequences.offsets[:-1]]
+    positions = np.flatnonzero(is_target)
+    has = per_user > 0
+    assert (np.diff(positions) == 1).sum() >= len(positions) - has.sum(), "a split is one run of each user"
+    starts = sequences.offsets[:-1][has]
+    end = positions[np.cumsum(per_user)[has] - 1] + 1 if has.any() else starts
+    first = np.maximum(end - per_user[has], starts + spec.min_context)
+    user = np.flatnonzero(has)[first < end]
+    starts, first, end = (array[first < end] for array in (starts, first, end))
+    pieces = np.ones_like(first) if spec.k is None else -(-(end - first) // spec.k)
+    return _split(_Prompts(user, starts, first, end), pieces, spec.k, starts, cut, spec.n)
+
+
+def _split(
+    prompts: _Prompts, pieces: np.ndarray, k: int | None, user_start: np.ndarray, cut: np.ndarray, n: int
+) -> _Prompts:
+    """Cut each prompt's targets into `pieces` runs of k (of about equal length where k is None)."""
+    parent = np.repeat(np.arange(len(pieces)), pieces)
+    piece = np.arange(len(parent)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    run = prompts.end - prompts.first
+    step = -(-run // np.maximum(pieces, 1)) if k is None else np.full_like(run, k)
+    first = prompts.first[parent] + piece * step[parent]
+    end = np.minimum(first + step[parent], prompts.end[parent])
+    first, end, parent = (array[first < end] for array in (first, end, parent))
+    start = np.maximum(cut[first] - n, user_start[parent]) if len(first) else first
+    return _Prompts(prompts.user[parent], start, first, end)
+
+
+def _cut_oversized(prompts: _Prompts, histories: _Histories, spec: PackSpec, prefix: int) -> _Prompts:
+    """With k = all, halve what does not fit a row until everything does."""
+    while spec.k is None:
+        too_big = histories.sizes(prompts) > spec.row_tokens - prefix
+        if not too_big.any():
+            break
+        user_start = histories.user_start[prompts.first]
+        prompts = _split(prompts, np.where(too_big, 2, 1), None, user_start, histories.cut, spec.n)
+    return prompts
+
+
+def _rows(prompts: _Prompts, sizes: np.ndarray, capacity: int, rows: int | None) -> Iterator[slice]:
+    """Close a row when it has its share of the targets, or when the next prompt would not fit."""
+    targets = prompts.end - prompts.first
+    share = int(targets.sum()) / rows if rows else float("inf")
+    begin = done = used = 0
+    closed = 0
+    for i, (size, count) in enumerate(zip(sizes.tolist(), targets.tolist(), strict=True)):
+        assert size <= capacity, f"a prompt of {size} tokens passed check_capacity({capacity})"
+        if i > begin and (used + size > capacity or done >= share * (closed + 1)):
+            yield slice(begin, i)
+            closed += 1
+            begin, used = i, 0
+        used += size
+        done += count
+    if begin < len(sizes):
+        yield slice(begin, len(sizes))
+
+
+def _assemble(
+    prompts: _Prompts, histories: _Histories, sequences: UserSequences, table: TokenTable
+) -> PackedRow:
+    """Gather the tokens of some prompts."""
+    spans = prompts.end - prompts.start
+    prompt = np.repeat(np.arange(len(spans)), spans)
+    interaction = _ranges(prompts.start, spans)
+    last = np.zeros(len(interaction), dtype=bool)
+    last[np.cumsum(spans) - 1] = True
+    item = sequences.items[interaction]
+    text = table.lengths[item]
+    sizes = text + ~last  # the feedback of a prompt's last target has no reader
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    within = _ranges(np.zeros_like(sizes), sizes)
+    is_text = within < text[owner]
+    feedback = table.vocabulary + NO + sequences.labels[interaction].astype(np.int64)
+    source = np.where(is_text, table.offsets[item][owner] + within, 0)
+    tokens = np.where(is_text, table.tokens[source], feedback[owner])
+    cut = histories.cut[interaction]
+    origin = histories.before[histories.cut[prompts.start]][prompt]
+    position = histories.before[cut] - origin
+    user_start = histories.user_start[interaction]
+    is_target = interaction >= prompts.first[prompt]
+    return PackedRow(
+        tokens=tokens.astype(np.int32),
+        positions=(position[owner] + within).astype(np.int32),
+        prompt=(prompt[owner] + 1).astype(np.int32),
+        interaction=(interaction - user_start)[owner].astype(np.int32),
+        cut=(cut - user_start)[owner].astype(np.int32),
+        after=(np.cumsum(sizes) - sizes + text - 1)[is_target].astype(np.int32),
+        labels=sequences.labels[interaction][is_target],
+        users=prompts.user[prompt][is_target],
+        prefix_tokens=len(table.prefix),
+    )
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(start, start + size)` of all pairs."""
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes - starts, sizes)

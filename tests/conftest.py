@@ -1,0 +1,52 @@
+"""Fixtures that several tests share: a real local Ray, and raw files in RecBole's layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+INTER_HEADING = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
+ITEM_HEADING = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+
+WriteRaw = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        namespace="tests",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def write_raw(tmp_path: Path) -> WriteRaw:
+    """Return a function that writes interactions and items as raw files and returns their folder."""
+
+    def write(
+        interactions: Sequence[Sequence[object]],
+        items: Sequence[Sequence[object]] = (),
+        name: str = "tiny",
+        inter_heading: str = INTER_HEADING,
+        item_heading: str = ITEM_HEADING,
+    ) -> Path:
+        folder = tmp_path / "raw" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, heading, rows in (("inter", inter_heading, interactions), ("item", item_heading, items)):
+            lines = [heading, *("\t".join(map(str, row)) for row in rows)]
+            (folder / f"{name}.{suffix}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return folder
+
+    return write
