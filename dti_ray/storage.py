@@ -70,7 +70,10 @@ class Storage:
         Raises:
             StorageError: the file is missing or cannot be read.
         """
-        with _faults("read", self.display(path)), self.filesystem.open_input_stream(self.path(path)) as stream:
+        with (
+            _faults("read", self.display(path)),
+            self.filesystem.open_input_stream(self.path(path)) as stream,
+        ):
             return stream.read()
 
     def write(self, path: str, content: bytes) -> FileEntry:
@@ -173,9 +176,7 @@ def _open(root: str) -> tuple[fs.FileSystem, str]:
         return fs.GcsFileSystem(), parts.netloc + parts.path
     if parts.scheme in ("", "file"):
         return fs.LocalFileSystem(), str(Path(parts.path if parts.scheme else root).expanduser().resolve())
-    raise StorageError(
-        Fault("storage.root", f"got {root!r}", "a folder, or a file://, s3:// or gs:// URI")
-    )
+    raise StorageError(Fault("storage.root", f"got {root!r}", "a folder, or a file://, s3:// or gs:// URI"))
 
 
 def _write_local(target: Path, content: bytes) -> None:
@@ -189,9 +190,12 @@ def _check_hash(name: str, entry: FileEntry, content: bytes) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise StorageError(
-            Fault(name, f"has hash {found[:12]}… and {len(content)} bytes",
-                  f"{entry.sha256[:12]}… and {entry.size_bytes} bytes as in its manifest",
-                  "the file was changed after it was written; make it again")
+            Fault(
+                name,
+                f"has hash {found[:12]}… and {len(content)} bytes",
+                f"{entry.sha256[:12]}… and {entry.size_bytes} bytes as in its manifest",
+                "the file was changed after it was written; make it again",
+            )
         )
 
 
@@ -208,5 +212,9 @@ class _faults:  # noqa: N801 - reads as a statement
         if isinstance(error, OSError):
             reason = " ".join(str(error).split())[:300]
             raise StorageError(
-                Fault(self.where, f"cannot be {self.verb}: {reason}", hint="check the root, its keys and its rights")
+                Fault(
+                    self.where,
+                    f"cannot be {self.verb}: {reason}",
+                    hint="check the root, its keys and its rights",
+                )
             ) from error

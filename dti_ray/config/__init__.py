@@ -2,6 +2,8 @@
 
 from dti_ray.config.load import config_hash, differences, dotted_keys, from_yaml, load_config, to_yaml
 from dti_ray.config.schema import (
+    CheckpointConfig,
+    ClusterConfig,
     DataConfig,
     DebiasConfig,
     ModelConfig,
@@ -14,6 +16,8 @@ from dti_ray.config.schema import (
 )
 
 __all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
     "DataConfig",
     "DebiasConfig",
     "ModelConfig",

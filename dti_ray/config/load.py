@@ -27,17 +27,20 @@ Tree = dict[str, object]
 NOT_IN_HASH = ("storage", "cluster")
 
 
-def load_config(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: RunConfig | None = None
+) -> RunConfig:
     """Merge files and overrides and validate the result.
 
     Args:
         files: YAML files; later ones win key by key.
         overrides: `dotted.key=value` strings; the value is read as YAML, or as text where it is none.
+        base: what files and overrides change; None starts from the schema's defaults.
 
     Raises:
         ConfigError: with one fault per unreadable file, unknown key or value out of range.
     """
-    tree: Tree = {}
+    tree: Tree = {} if base is None else base.model_dump(mode="json")
     faults: list[Fault] = []
     for path in files:
         try:

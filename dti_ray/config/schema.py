@@ -45,15 +45,11 @@ class DataConfig(Section):
     )
     train_fraction: OpenFraction = Field(0.8, description="share of the oldest interactions, for training")
     valid_fraction: OpenFraction = Field(0.1, description="share after those, for validation; the rest is test")
-    min_interactions: PositiveInt = Field(
-        5, description="users with fewer interactions go to quarantine (count)"
-    )
+    min_interactions: PositiveInt = Field(5, description="users with fewer interactions go to quarantine (count)")
     segment_interactions: PositiveInt = Field(
         1024, description="interactions of one row group: the unit that is read, shuffled and resumed (count)"
     )
-    shard_interactions: PositiveInt = Field(
-        4_000_000, description="interactions of one Parquet shard (count)"
-    )
+    shard_interactions: PositiveInt = Field(4_000_000, description="interactions of one Parquet shard (count)")
 
     @model_validator(mode="after")
     def _some_test_is_left(self) -> DataConfig:

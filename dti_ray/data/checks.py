@@ -25,9 +25,7 @@ from dti_ray.data.sources.movielens import RAW_INTERACTIONS
 from dti_ray.errors import Fault, InputError
 
 # Checked rows: `item` is the index into the sorted ItemTable, `label` 0 or 1, `time` in seconds.
-INTERACTIONS = pa.schema(
-    [("user_id", pa.string()), ("item", pa.int32()), ("label", pa.int8()), ("time", pa.int64())]
-)
+INTERACTIONS = pa.schema([("user_id", pa.string()), ("item", pa.int32()), ("label", pa.int8()), ("time", pa.int64())])
 QUARANTINE = RAW_INTERACTIONS.append(pa.field("reason", pa.string()))
 
 NUMBER = r"^-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"

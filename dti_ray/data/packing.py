@@ -126,9 +126,12 @@ def check_capacity(spec: PackSpec, table: TokenTable, where: str = "packing.row_
     needed = len(table.prefix) + (spec.n + targets) * longest + targets
     if spec.row_tokens < needed:
         raise ConfigError(
-            Fault(where, f"got {spec.row_tokens}",
-                  f"at least {needed}: n + k = {spec.n + targets} interactions of up to {longest} tokens",
-                  "raise it, or lower packing.k, packing.n or prompt.max_item_tokens")
+            Fault(
+                where,
+                f"got {spec.row_tokens}",
+                f"at least {needed}: n + k = {spec.n + targets} interactions of up to {longest} tokens",
+                "raise it, or lower packing.k, packing.n or prompt.max_item_tokens",
+            )
         )
 
 
@@ -246,9 +249,7 @@ def _rows(prompts: _Prompts, sizes: np.ndarray, capacity: int, rows: int | None)
         yield slice(begin, len(sizes))
 
 
-def _assemble(
-    prompts: _Prompts, histories: _Histories, sequences: UserSequences, table: TokenTable
-) -> PackedRow:
+def _assemble(prompts: _Prompts, histories: _Histories, sequences: UserSequences, table: TokenTable) -> PackedRow:
     """Gather the tokens of some prompts."""
     spans = prompts.end - prompts.start
     prompt = np.repeat(np.arange(len(spans)), spans)

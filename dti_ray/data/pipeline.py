@@ -22,7 +22,7 @@ import pyarrow as pa
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
-from dti_ray.data.plan import EpochPlan, PackTask, Position, plan_epoch
+from dti_ray.data.plan import EpochPlan, PackTask, plan_epoch
 from dti_ray.data.prompts import TokenTable
 
 ROW_SCHEMA = pa.schema(
@@ -127,9 +127,7 @@ class Packer:
         return rows + [EMPTY_ROW] * (task.rows - len(rows))
 
 
-def local_rows(
-    tasks: Sequence[PackTask], packer: Packer, table: TokenTable
-) -> Iterator[tuple[int, PackedRow]]:
+def local_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[tuple[int, PackedRow]]:
     """Pack the tasks one after the other in this process; yield (stream, row)."""
     for task in tasks:
         for row in packer(task, table):
@@ -175,7 +173,10 @@ def from_table(table: pa.Table) -> Iterator[tuple[int, PackedRow]]:
     """Yield (stream, row) of a table that `to_table` made."""
     for row in range(table.num_rows):
         arrays = {name: table[name][row].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
-        yield table["stream"][row].as_py(), PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py())
+        yield (
+            table["stream"][row].as_py(),
+            PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py()),
+        )
 
 
 def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
@@ -192,7 +193,11 @@ def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
 
 
 def _in_steps(
-    packed: Iterable[tuple[int, PackedRow]], streams: Iterable[int], tasks: Sequence[PackTask], skip: int, size: int
+    packed: Iterable[tuple[int, PackedRow]],
+    streams: Iterable[int],
+    tasks: Sequence[PackTask],
+    skip: int,
+    size: int,
 ) -> Iterator[StepRows]:
     """Deal packed rows to their streams and take `size` rows of each stream a step, until all have ended."""
     waiting: dict[int, deque[PackedRow]] = {stream: deque() for stream in streams}

@@ -95,12 +95,8 @@ def prepare(config: RunConfig, storage: Storage) -> Dataset:
         raise _no_good_rows(dataset)
     written = storage.write(f"{folder}/{ITEMS_FILE}", _parquet(items))
     files = [FileEntry(ITEMS_FILE, written.size_bytes, written.sha256)]
-    storage.write_manifest(
-        folder, files + [file for part in parts for file in part.files], dataset.manifest()
-    )
-    logger.info(
-        "%s: %d interactions of %d users", storage.display(folder), dataset.interactions, dataset.users
-    )
+    storage.write_manifest(folder, files + [file for part in parts for file in part.files], dataset.manifest())
+    logger.info("%s: %d interactions of %d users", storage.display(folder), dataset.interactions, dataset.users)
     return open_dataset(storage, data.name)
 
 
@@ -196,9 +192,7 @@ def _write_part(
     partition, folder = rows["partition"][0].as_py(), dataset_folder(data.name)
     is_good = pc.is_null(rows["reason"])
     good = rows.filter(is_good).select(INTERACTIONS.names).cast(INTERACTIONS)
-    bad = (
-        rows.filter(pc.invert(is_good)).select([*REFUSED.values(), "reason"]).rename_columns(QUARANTINE.names)
-    )
+    bad = rows.filter(pc.invert(is_good)).select([*REFUSED.values(), "reason"]).rename_columns(QUARANTINE.names)
     users, refused = sequences(good, item_ids, data, boundaries)
     quarantine = pa.concat_tables([bad.cast(QUARANTINE), refused])
     quarantine = quarantine.sort_by([(name, "ascending") for name in QUARANTINE.names])

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dti_ray.config import PromptConfig
 from dti_ray.errors import ConfigError, Fault, InputError
+
+if TYPE_CHECKING:  # packing tasks import this module; they must not wait for Transformers
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TEMPLATE_VERSION = 1
 UNKNOWN, PAD = "<unk>", "<pad>"
@@ -61,9 +64,7 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     for name in names:
         if name not in items.column_names:
-            raise ConfigError(
-                Fault("prompt.item_template", f"names column {{{name}}}", f"one of {items.column_names}")
-            )
+            raise ConfigError(Fault("prompt.item_template", f"names column {{{name}}}", f"one of {items.column_names}"))
     columns = {name: items.column(name).to_pylist() for name in set(names)}
     rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
     return [template.format(**row) for row in rows] if columns else [template] * items.num_rows
@@ -77,6 +78,17 @@ def catalogue_tokenizer(texts: list[str], config: PromptConfig) -> PreTrainedTok
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     core.pre_tokenizer = split
+    return _fast(core, config)
+
+
+def stored_tokenizer(text: str, config: PromptConfig) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of which a run stored `tokenizer.json`."""
+    return _fast(Tokenizer.from_str(text), config)
+
+
+def _fast(core: Tokenizer, config: PromptConfig) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token=UNKNOWN,
@@ -102,8 +114,12 @@ def token_table(texts: list[str], tokenizer: PreTrainedTokenizerBase, config: Pr
     empty = [i for i, ids in enumerate(encoded) if not ids]
     if empty:
         raise InputError(
-            Fault(f"item number {empty[0]}", f"its text {texts[empty[0]]!r} has no token ({len(empty)} such items)",
-                  "at least one token an item", "mend the catalogue or prompt.item_template")
+            Fault(
+                f"item number {empty[0]}",
+                f"its text {texts[empty[0]]!r} has no token ({len(empty)} such items)",
+                "at least one token an item",
+                "mend the catalogue or prompt.item_template",
+            )
         )
     cut = [ids[: config.max_item_tokens] for ids in encoded]
     lengths = np.array([len(ids) for ids in cut], dtype=np.int64)
@@ -123,8 +139,14 @@ def _label_ids(tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> tupl
         encoded = _encode(tokenizer, text)
         if len(encoded) != 1 or encoded[0] == tokenizer.unk_token_id:
             pieces = tokenizer.convert_ids_to_tokens(encoded)
-            faults.append(Fault(f"prompt.{field}", f"{text!r} becomes {len(encoded)} tokens {pieces}",
-                                "one known token", "for example ' yes' and ' no' for most language models"))
+            faults.append(
+                Fault(
+                    f"prompt.{field}",
+                    f"{text!r} becomes {len(encoded)} tokens {pieces}",
+                    "one known token",
+                    "for example ' yes' and ' no' for most language models",
+                )
+            )
         ids.append(encoded[0] if encoded else 0)
     if not faults and ids[0] == ids[1]:
         faults.append(Fault("prompt.yes_token", "is the same token as prompt.no_token", "two different labels"))

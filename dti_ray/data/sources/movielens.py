@@ -174,9 +174,7 @@ def read_items(storage: Storage, path: str) -> pa.Table:
     """
     columns = _columns(storage, path, ITEM_COLUMNS)
     with _open(storage, path) as stream, _faults(storage.display(path)):
-        table = csv.read_csv(
-            stream, parse_options=_parse_options(), convert_options=_convert_options(columns)
-        )
+        table = csv.read_csv(stream, parse_options=_parse_options(), convert_options=_convert_options(columns))
     return table.rename_columns([columns[name] for name in table.column_names]).select(ITEMS.names)
 
 
@@ -191,9 +189,7 @@ def _is_intact(storage: Storage, folder: str) -> bool:
     return True
 
 
-def _extract(
-    archive: zipfile.ZipFile, source: Download, file: str, storage: Storage, folder: str
-) -> FileEntry:
+def _extract(archive: zipfile.ZipFile, source: Download, file: str, storage: Storage, folder: str) -> FileEntry:
     written = storage.write(f"{folder}/{file}", archive.read(f"{source.folder}/{file}"))
     return FileEntry(file, written.size_bytes, written.sha256)
 

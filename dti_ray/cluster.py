@@ -1,0 +1,34 @@
+"""The Ray cluster of this process: join the one that is named, or start one on this machine.
+
+Stage: below the jobs that run on Ray. In: the `cluster` section. Out: a connected process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from dti_ray.config import ClusterConfig
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Join `cluster.address` or RAY_ADDRESS's cluster; otherwise start one here.
+
+    A cluster of our own counts the trainers' CPUs, `data_cpus` for packing, and one to spare: without a spare
+    one Ray cannot replace a dead worker.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    wanted = int(cluster.workers * cluster.cpus_per_worker) + cluster.data_cpus + 1
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, wanted),
+        object_store_memory=cluster.object_store_mb * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )

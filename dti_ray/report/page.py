@@ -1,0 +1,211 @@
+"""The report's page: sections in order, each with its words, its pictures, or what is missing.
+
+Stage: report, last step. In: a storage root, a run's name, a mask. Out: `runs/<run>/report/index.html`.
+Invariant: the file is complete in itself (no script, no font, no picture from outside) and every text that
+comes from an artefact is escaped.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from html import escape
+
+from dti_ray.report.artefacts import Artefacts, Meta, read_artefacts
+from dti_ray.report.mask import MaskPicture, draw_mask
+from dti_ray.report.plots import (
+    plot_calibration,
+    plot_loss,
+    plot_scores,
+    plot_speed,
+    plot_validation,
+    plot_waste,
+)
+from dti_ray.report.tables import metrics_table, pairs, tiles
+from dti_ray.report.theme import Plot, style_sheet
+from dti_ray.storage import Storage
+
+
+def write_report(storage: Storage, run: str, mask: MaskPicture | None) -> str:
+    """Write the page of a run.
+
+    Args:
+        storage: where the run lies.
+        run: its name below `runs/`.
+        mask: the attention mask of one of its rows; None leaves the picture out and says so.
+
+    Returns:
+        The page's path, as a user would type it.
+
+    Raises:
+        InputError: there is no such run, or an artefact cannot be understood.
+    """
+    page = build_page(read_artefacts(storage, run), mask, storage.root)
+    path = f"runs/{run}/report/index.html"
+    storage.write(path, page.encode())
+    return storage.display(path)
+
+
+def build_page(artefacts: Artefacts, mask: MaskPicture | None, root: str) -> str:
+    """Return the page as text; `root` is only named, in the commands that make what is missing."""
+    sections = (
+        _header(artefacts),
+        _headline(artefacts, root),
+        _baselines(artefacts, root),
+        _learning(artefacts, root),
+        _probabilities(artefacts, root),
+        _speed(artefacts, root),
+        _mask(mask),
+        _configuration(artefacts),
+        _versions(artefacts.meta),
+    )
+    title = f"{escape(artefacts.run)} · dti_ray report"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{style_sheet()}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(sections)
+        + "\n<footer>Every number on this page is read from the artefacts of the run, or computed from them."
+        "</footer>\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(artefacts: Artefacts) -> str:
+    meta = artefacts.meta
+    facts = "no meta.json: when and where it ran is not known"
+    if meta is not None:
+        commit = f"commit {meta.git_commit[:10]}" if meta.git_commit else "no commit recorded"
+        machine = ", ".join(meta.gpus) or f"{meta.cpus} CPUs, {meta.cpu}"
+        started = meta.started_at[:16].replace("T", " ")
+        facts = " · ".join((f"started {started}", machine, commit, f"configuration {meta.config_hash[:10]}"))
+    return (
+        f'<header><p class="kicker">Report of one run</p><h1>{escape(artefacts.run)}</h1>'
+        f'<p class="facts">{escape(facts)}</p></header>'
+    )
+
+
+def _headline(artefacts: Artefacts, root: str) -> str:
+    evaluation = artefacts.evaluations[0] if artefacts.evaluations else None
+    notice = "" if evaluation else _missing("No evaluation yet.", "evaluate", "scores the run", artefacts.run, root)
+    return f'<section id="headline">{tiles(evaluation, artefacts.train)}{notice}</section>'
+
+
+def _baselines(artefacts: Artefacts, root: str) -> str:
+    lead = "What the model adds to predictors that need no model; mind how far the intervals overlap."
+    if not artefacts.evaluations:
+        what = "writes metrics/evaluation_test.json, from which this table is made"
+        body = _missing("No metrics yet.", "evaluate", what, artefacts.run, root)
+    else:
+        body = "".join(
+            (f"<h3>{escape(part.split.capitalize())} split</h3>" if len(artefacts.evaluations) > 1 else "")
+            + metrics_table(part)
+            for part in artefacts.evaluations
+        )
+    return _section("metrics", "Model and baselines", lead, body)
+
+
+def _learning(artefacts: Artefacts, root: str) -> str:
+    train, valid = artefacts.train, artefacts.valid
+    plots, notices = [], ""
+    if train is not None:
+        plots.append(plot_loss(train, valid))
+    else:
+        what = "writes metrics/train.jsonl"
+        notices += _missing("No training log yet.", "train", what, artefacts.run, root)
+    if valid is not None:
+        plots.append(plot_validation(valid))
+    else:
+        what = "validates every eval.every_targets targets and writes metrics/valid.jsonl"
+        notices += _missing("Not validated yet.", "train", what, artefacts.run, root)
+    lead = "How the model came to its result, counted in targets, so that runs with different k can be compared."
+    return _section("learning", "Learning", lead, _plots(plots, notices))
+
+
+def _probabilities(artefacts: Artefacts, root: str) -> str:
+    predictions = artefacts.predictions
+    if predictions is None:
+        what = "writes metrics/predictions_test.parquet, from which both pictures are made"
+        body = _missing("No predictions yet.", "evaluate", what, artefacts.run, root)
+        lead = "Whether a predicted probability can be taken at its word, and how clicks stand out."
+    else:
+        body = _plots([plot_calibration(predictions), plot_scores(predictions)])
+        lead = (
+            "Whether a predicted probability can be taken at its word, and how clicks stand out: "
+            f"{len(predictions.label):,} predictions of the {predictions.split} split."
+        )
+    return _section("probabilities", "Probabilities", lead, body)
+
+
+def _speed(artefacts: Artefacts, root: str) -> str:
+    lead = "What a training second brings, and what is lost on the way."
+    if artefacts.train is None:
+        what = "writes metrics/train.jsonl"
+        body = _missing("No training log yet.", "train", what, artefacts.run, root)
+    else:
+        body = _plots([plot_speed(artefacts.train), plot_waste(artefacts.train)])
+    return _section("speed", "Speed", lead, body)
+
+
+def _mask(mask: MaskPicture | None) -> str:
+    lead = "The attention mask is the method: many targets share one prompt, and none sees what lies after it."
+    if mask is None:
+        body = '<p class="missing">No row was at hand when this page was made, so no mask is drawn. ' \
+            "<code>dti-ray report</code> draws one where it finds the prepared data set.</p>"  # fmt: skip
+        return _section("mask", "Who may see whom", lead, body)
+    plot = draw_mask(mask)
+    body = (
+        f'<figure class="card"><h3>{escape(plot.title)}</h3>'
+        f'<div class="mask"><div class="scroll">{plot.svg}</div>'
+        f"<figcaption><p>{escape(plot.caption)}</p>{_legend(plot)}</figcaption></div></figure>"
+    )
+    return _section("mask", "Who may see whom", lead, body)
+
+
+def _configuration(artefacts: Artefacts) -> str:
+    if artefacts.config is None:
+        body = '<p class="missing">This run has no config.yaml; <code>dti-ray train</code> writes it.</p>'
+    else:
+        body = f"<details><summary>config.yaml</summary><pre>{escape(artefacts.config)}</pre></details>"
+    lead = "The effective configuration: defaults, files and overrides taken together."
+    return _section("configuration", "Configuration", lead, body)
+
+
+def _versions(meta: Meta | None) -> str:
+    lead = "Where the numbers were made."
+    if meta is None:
+        body = '<p class="missing">This run has no meta.json; <code>dti-ray train</code> writes it.</p>'
+        return _section("versions", "Machine and versions", lead, body)
+    machine = {
+        "started": meta.started_at,
+        "processor": meta.cpu,
+        "CPUs": str(meta.cpus),
+        "GPUs": ", ".join(meta.gpus) or "none",
+        "git commit": meta.git_commit or "none recorded",
+        "configuration hash": meta.config_hash,
+    }
+    body = f'<div class="card">{pairs(machine)}{pairs(meta.versions)}</div>'
+    return _section("versions", "Machine and versions", lead, body)
+
+
+def _section(name: str, title: str, lead: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{title}</h2><p class="lead">{escape(lead)}</p>{body}</section>'
+
+
+def _plots(plots: Sequence[Plot], notices: str = "") -> str:
+    """Lay plots side by side, with notices in the places of those that are missing."""
+    figures = "".join(
+        f'<figure class="card"><h3>{escape(plot.title)}</h3>{_legend(plot)}{plot.svg}'
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot in plots
+    )
+    return f'<div class="plots">{figures}{notices}</div>'
+
+
+def _legend(plot: Plot) -> str:
+    entries = (f'<li><i style="background:var(--{colour})"></i>{escape(text)}</li>' for colour, text in plot.legend)
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def _missing(what: str, command: str, does: str, run: str, root: str) -> str:
+    words = shlex.join(["dti-ray", command, f"train.run={run}", f"storage.root={root}"])
+    return f'<p class="missing">{escape(what)} <code>{escape(words)}</code> {escape(does)}.</p>'

@@ -1,0 +1,305 @@
+"""From a configuration to a finished run: everything is checked on the driver, then Ray Train runs the loop.
+
+Stage: launch. In: a `RunConfig`. Out: the finished run's `Progress`, its folder filled.
+Invariant: a bad run dies here, before a worker is asked for. A run's name and configuration belong together:
+the same command again goes on from the newest checkpoint, or finds the run finished; another configuration
+under the same name is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from transformers import PreTrainedTokenizerBase
+
+from dti_ray.config import RunConfig, config_hash, differences, from_yaml, to_yaml
+from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
+from dti_ray.data.packing import check_capacity, pack_spec
+from dti_ray.data.pipeline import TrainingRows
+from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, token_table
+from dti_ray.errors import DtiRayError, Fault, InputError, RunError
+from dti_ray.model.backbone import build_model, load_tokenizer
+from dti_ray.storage import Storage
+from dti_ray.telemetry import Line, write_json
+from dti_ray.train.checkpoint import Progress, list_checkpoints
+from dti_ray.train.engine import build_engine
+from dti_ray.train.loop import Trainer, passes_per_step
+from dti_ray.train.world import World
+
+PACKAGES = ("dti-ray", "ray", "torch", "transformers", "deepspeed", "peft", "pyarrow", "numpy", "pydantic")
+OnLine = Callable[[str, Line], None]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that has passed every check."""
+
+    config: RunConfig
+    storage: Storage
+    dataset: Dataset
+    table: TokenTable
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def folder(self) -> str:
+        """Path of the run below the root."""
+        return f"runs/{self.config.train.run}"
+
+    @property
+    def total_targets(self) -> int:
+        """Targets that the run trains in all."""
+        return self.dataset.targets[TRAIN] * self.config.optim.epochs
+
+
+def check_launch(config: RunConfig) -> Launch:
+    """Check all that can be checked without a worker.
+
+    Raises:
+        ConfigError: tokenizer, template or capacity do not fit.
+        InputError: the data set is not prepared, has no training targets, or the run's name is taken.
+        StorageError: the root cannot be reached or written.
+    """
+    storage = Storage(config.storage.root)
+    storage.check_writable()
+    _check_same_run(config, storage)
+    dataset = open_dataset(storage, config.data.name)
+    for split, number in (("train", TRAIN), ("valid", VALID)):
+        if dataset.targets[number] == 0:
+            raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
+    tokenizer, table = tokenizer_and_table(config, storage, dataset)
+    check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), table)
+    evaluation = pack_spec(
+        config.packing, config.prompt.context, VALID, k=1, n=config.eval_n, row_tokens=config.eval.row_tokens
+    )
+    check_capacity(evaluation, table, where="eval.row_tokens")
+    return Launch(config, storage, dataset, table, tokenizer)
+
+
+def tokenizer_and_table(
+    config: RunConfig, storage: Storage, dataset: Dataset
+) -> tuple[PreTrainedTokenizerBase, TokenTable]:
+    """Return the run's tokenizer (its stored one if it was built from a catalogue) and the tokenised catalogue."""
+    texts = item_texts(read_items(dataset), config.prompt.item_template)
+    stored = f"runs/{config.train.run}/tokenizer.json"
+    if config.model.name_or_path is not None:
+        tokenizer = load_tokenizer(config.model.name_or_path)
+    elif storage.exists(stored):
+        tokenizer = stored_tokenizer(storage.read(stored).decode(), config.prompt)
+    else:
+        tokenizer = catalogue_tokenizer(texts, config.prompt)
+    return tokenizer, token_table(texts, tokenizer, config.prompt)
+
+
+def load_run(storage: Storage, run: str) -> RunConfig:
+    """Return the configuration that a run was started with.
+
+    Raises:
+        InputError: there is no such run; the message lists the ones that exist.
+    """
+    path = f"runs/{run}/config.yaml"
+    if not storage.exists(path):
+        known = [name.rpartition("/")[2] for name in storage.list("runs")]
+        raise InputError(
+            Fault(storage.display("runs", run), "is no run", f"one of {known}" if known else "a trained run")
+        )
+    return from_yaml(storage.read(path).decode())
+
+
+def launch(job: Launch, on_line: OnLine) -> Progress:
+    """Run the training and return where it ended.
+
+    Args:
+        job: from `check_launch`; Ray must be running. A run that is finished is not trained again.
+        on_line: called in this process with each line of metrics, as (kind, line).
+
+    Raises:
+        RunError: a worker failed; what was saved is kept.
+    """
+    found = list_checkpoints(job.storage, job.folder)
+    if found and found[-1].progress.targets >= job.total_targets:
+        return found[-1].progress
+    _write_identity(job)
+    board = ray.remote(num_cpus=0)(Board).remote()
+    cluster = job.config.cluster
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": job.config, "table": ray.put(job.table), "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(job.config),
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker > 0 else "gloo"),
+        run_config=RayRunConfig(
+            name=job.config.train.run,
+            storage_path=job.storage.path("runs"),
+            storage_filesystem=job.storage.filesystem,
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    with _relaying(board, on_line):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _run_error(job, error) from error
+    return list_checkpoints(job.storage, job.folder)[-1].progress
+
+
+class Board:
+    """A Ray actor: workers put lines on it, the driver takes them off."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, Line]] = []
+
+    def put(self, kind: str, line: Line) -> None:
+        """Add one line."""
+        self.lines.append((kind, line))
+
+    def take(self) -> list[tuple[str, Line]]:
+        """Return all lines since the last call."""
+        taken, self.lines = self.lines, []
+        return taken
+
+
+class _relaying:  # noqa: N801 - reads as a statement
+    """Hand the board's lines to the driver's callback while the block runs, and the rest when it ends."""
+
+    def __init__(self, board: object, on_line: OnLine) -> None:
+        self.board, self.on_line = board, on_line
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self._take()
+
+    def _run(self) -> None:
+        while not self.ended.wait(0.5):
+            self._take()
+
+    def _take(self) -> None:
+        for kind, line in ray.get(self.board.take.remote()):
+            self.on_line(kind, line)
+
+
+def _train_worker(job: dict[str, object]) -> None:
+    """What every Ray Train worker runs: gather the parts, then the loop."""
+    config, board = job["config"], job["board"]
+    table = ray.get(job["table"])
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    storage = Storage(config.storage.root)
+    dataset = open_dataset(storage, config.data.name)
+    rows = TrainingRows(dataset, table, config, through_ray=True)
+    world = World(device)
+    engine = build_engine(build_model(config, table), config, passes_per_step(config, rows, world.size), device)
+
+    def report(kind: str, line: Line, progress: Progress) -> None:
+        if world.rank == 0:
+            board.put.remote(kind, line)
+        if kind == "valid":
+            ray.train.report(_metrics(line, progress))
+
+    Trainer(config, storage, rows, engine, world, report).run()
+
+
+def _metrics(line: Line, progress: Progress) -> dict[str, object]:
+    return {**line, "tokens": progress.tokens}
+
+
+def _resources(config: RunConfig) -> dict[str, float]:
+    cluster = config.cluster
+    gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker > 0 else {}
+    return {"CPU": cluster.cpus_per_worker, **gpus}
+
+
+def _check_same_run(config: RunConfig, storage: Storage) -> None:
+    path = f"runs/{config.train.run}/config.yaml"
+    if not storage.exists(path):
+        return
+    found = differences(from_yaml(storage.read(path).decode()), config)
+    if found:
+        taken = Fault(
+            f"train.run={config.train.run}", "exists with another configuration",
+            hint="choose another train.run, or use the stored values:",
+        )  # fmt: skip
+        raise InputError(taken, *found)
+
+
+def _write_identity(job: Launch) -> None:
+    """Write what the run is, once: configuration, tokenizer, versions, machine."""
+    if job.storage.exists(f"{job.folder}/config.yaml"):
+        return
+    if job.config.model.name_or_path is None:
+        job.storage.write(f"{job.folder}/tokenizer.json", job.tokenizer.backend_tokenizer.to_str().encode())
+    meta = {
+        "run": job.config.train.run,
+        "config_hash": config_hash(job.config),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "machine": {"cpus": os.cpu_count(), "cpu": _cpu_name(), "gpus": _gpu_names()},
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(job.storage, f"{job.folder}/meta.json", meta)
+    job.storage.write(f"{job.folder}/config.yaml", to_yaml(job.config).encode())
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this source tree; None where it is not a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _run_error(job: Launch, error: Exception) -> DtiRayError:
+    """Name the first failing rank's own error, and how to go on."""
+    failures = getattr(error, "worker_failures", {})
+    for rank, cause in sorted(failures.items()):
+        inner = getattr(cause, "cause", cause)
+        if isinstance(inner, DtiRayError):
+            return inner
+        reason = "; ".join(str(inner).strip().splitlines()[-1:])
+        return RunError(
+            Fault(
+                f"rank {rank}",
+                f"{type(inner).__name__}: {reason}",
+                hint=f"state is kept in {job.storage.display(job.folder)}; the same command goes on from it",
+            )
+        )
+    return RunError(Fault(f"run {job.config.train.run}", str(error).strip().splitlines()[-1]))
