@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,24 @@ from dti_ray.config.schema import RunConfig
 from dti_ray.errors import ConfigError, Fault
 
 Tree = dict[str, object]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `off` and `no` are words, `1e-4` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
 
 # What may differ between two runs of one name: where it runs and how often it reports, not what it learns.
 NOT_IN_HASH = ("storage", "cluster")
@@ -68,7 +87,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def from_yaml(text: str) -> RunConfig:
     """Return the configuration that `to_yaml` wrote."""
-    return RunConfig.model_validate(yaml.safe_load(text))
+    return RunConfig.model_validate(yaml.load(text, _Loader))  # noqa: S506 - a SafeLoader
 
 
 def config_hash(config: RunConfig) -> str:
@@ -97,7 +116,7 @@ def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 
 def _read_yaml(path: Path) -> Tree:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise ConfigError(Fault(str(path), f"cannot be read ({error.strerror})", "a YAML file")) from None
     except yaml.YAMLError as error:
@@ -114,7 +133,7 @@ def _parse_override(override: str) -> Tree:
     if not equals or not key.strip():
         raise ConfigError(Fault(override, "is not an override", "`section.key=value`, as in optim.lr=3e-4"))
     try:
-        value: object = yaml.safe_load(text)
+        value: object = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         value = text  # a template or a pattern, typed without YAML's quotes
     for part in reversed(key.strip().split(".")):

@@ -36,6 +36,7 @@ from dti_ray.model.masks import Rules, bias_slopes, dense_distance, dense_mask
 NAME = "dti"
 HIDDEN = float("-inf")
 Backend = Literal["dense", "banded"]
+Copy = tuple[Tensor, Tensor]  # keys and values [B, H, T, D]
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,10 @@ class AttentionPlan:
         debias: bias and rotation of [SUM] scores.
         reset: mode and strength of the reset.
         backend: which path computes.
+        layers: the decoder's layers, for the norm in front of keys that are made here.
+        embeddings: h0 [B, T, width].
         rotary: (cos, sin) [B, T, D] of the layer at hand; each layer sets its own before it attends.
-        embeddings: h0 [B, T, width]; set by the backbone where a reset needs it.
-        layers: the decoder's layers, for the norm in front of h0's keys.
+        last_states: states in front of the last layer [B, T, width], once it is reached.
     """
 
     batch: PackedBatch
@@ -60,9 +62,10 @@ class AttentionPlan:
     debias: DebiasConfig
     reset: ResetConfig
     backend: Backend
-    rotary: tuple[Tensor, Tensor] | None = None
-    embeddings: Tensor | None = None
-    layers: nn.ModuleList | None = None
+    layers: nn.ModuleList
+    embeddings: Tensor
+    rotary: tuple[Tensor, Tensor] = field(init=False)
+    last_states: Tensor | None = None
     _masks: dict[tuple[str, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -158,46 +161,50 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # always None: our rules are in the plan
+    _mask: Tensor | None,  # always None: our rules are in the plan
     *,
     dti: AttentionPlan,
     scaling: float,
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
-    """Answer one layer's queries; the signature is Transformers' attention interface."""
+    """Answer one layer's queries; the signature is Transformers' attention interface.
+
+    The last layer is handed [SUM] states alone, since nothing else is read from it; the keys of all other
+    tokens are then made here.
+    """
     groups = query.shape[1] // key.shape[1]
+    last_states = dti.last_states if module.layer_idx == len(dti.layers) - 1 else None
+    if last_states is not None:
+        sums = key.shape[2]
+        others = _project(module, dti, last_states[:, :-sums])
+        key, value = (torch.cat([ahead, own], dim=2) for ahead, own in zip(others, (key, value), strict=True))
     copies = [(key, value)]
     if dti.is_dual and module.layer_idx > 0:  # in layer 0 both copies coincide
-        copies.append(_embedding_copy(module, dti))
+        copies.append(_project(module, dti, dti.embeddings))
     copies = [(k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)) for k, v in copies]
     attend = _dense if dti.backend == "dense" else _banded
     return attend(query, copies, dti, scaling, dropout).transpose(1, 2), None
 
 
-def _embedding_copy(module: nn.Module, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-    """Return keys and values that the layer computes from h0, by its own norm and projections."""
-    assert plan.layers is not None
-    assert plan.embeddings is not None
-    assert plan.rotary is not None
-    states = plan.layers[module.layer_idx].input_layernorm(plan.embeddings)
-    shape = (*states.shape[:-1], -1, module.head_dim)
-    key, value = module.k_proj(states).view(shape), module.v_proj(states).view(shape)
+def _project(module: nn.Module, plan: AttentionPlan, states: Float[Tensor, "B I W"]) -> tuple[Tensor, Tensor]:
+    """Return keys and values of the first I tokens, by the layer's own norm and projections."""
+    normed = plan.layers[module.layer_idx].input_layernorm(states)
+    shape = (*normed.shape[:-1], -1, module.head_dim)
+    key, value = module.k_proj(normed).view(shape), module.v_proj(normed).view(shape)
     if hasattr(module, "k_norm"):
         key = module.k_norm(key)
-    return _rotate(key.transpose(1, 2), plan.rotary), value.transpose(1, 2)
+    rotary = tuple(part[:, : states.shape[1]] for part in plan.rotary)
+    return _rotate(key.transpose(1, 2), rotary), value.transpose(1, 2)
 
 
 def _dense(
-    query: Tensor,
-    copies: Sequence[tuple[Tensor, Tensor]],
-    plan: AttentionPlan,
-    scaling: float,
-    dropout: float,
+    query: Tensor, copies: Sequence[Copy], plan: AttentionPlan, scaling: float, dropout: float
 ) -> Float[Tensor, "B H T D"]:
     """The reference: all T x T scores in fp32, once per copy, one softmax over the copies."""
-    assert plan.rotary is not None
     prefix, sums = plan.batch.prefix_size, plan.batch.prefix_size + plan.batch.prompt.shape[1]
+    asked = query.shape[2]
+    query = pad(query, (0, 0, plan.batch.tokens.shape[1] - asked, 0))  # the last layer asks for [SUM]s alone
     d = dense_distance(plan.batch)
     masks = plan.copy_masks(dense_mask(plan.batch, plan.rules), d, len(copies))
     flat_query = unrotate(query, plan.rotary).float()
@@ -214,7 +221,69 @@ def _dense(
         scores.append(score + mask)
     weights = torch.nn.functional.dropout(torch.cat(scores, dim=-1).softmax(-1), dropout)
     values = torch.cat([value for _, value in copies], dim=2)
-    return (weights @ values.float()).to(query.dtype)
+    return (weights @ values.float()).to(query.dtype)[:, :, -asked:]
+
+
+def _banded(
+    query: Tensor, copies: Sequence[Copy], plan: AttentionPlan, scaling: float, dropout: float
+) -> Float[Tensor, "B H T D"]:
+    """Content queries and [SUM] queries each read the prefix and their block's band of keys."""
+    keys = _BandedKeys(copies, plan)
+    sums = plan.batch.after.shape[1]
+    sum_out = _sum_queries(query[:, :, -sums:], keys, scaling, dropout)
+    if query.shape[2] == sums:
+        return sum_out
+    prefix, content = query[:, :, :-sums].split(keys.sizes[:2], dim=2)
+    prefix_out = sdpa(prefix, *keys.ahead, is_causal=True, scale=scaling)
+    return torch.cat([prefix_out, _content_queries(content, keys, scaling, dropout), sum_out], dim=2)
+
+
+class _BandedKeys:
+    """The keys and values of one layer, cut as both kinds of queries need them."""
+
+    def __init__(self, copies: Sequence[Copy], plan: AttentionPlan) -> None:
+        batch, bands = plan.batch, plan.bands
+        self.plan, self.bands = plan, bands
+        self.sizes = [batch.prefix_size, batch.prompt.shape[1], batch.after.shape[1]]
+        self.turns = list(zip(*(part.split(self.sizes, dim=1) for part in plan.rotary), strict=True))
+        split = [tuple(zip(*(x.split(self.sizes, dim=2) for x in copy), strict=True)) for copy in copies]
+        self.ahead, _, self.own = split[0]
+        self.contents = [part[1] for part in split]
+        self.content = [_Keys(self.band(key), self.band(value), is_flat=False) for key, value in self.contents]
+        self.pinned: list[_Keys] = []
+        if self.sizes[0]:
+            pinned = (unrotate(self.ahead[0], self.turns[0]), self.ahead[1])
+            self.pinned = [_Keys(*(x.repeat_interleave(bands.blocks, 0) for x in pinned), is_flat=True)]
+
+    def band(self, x: Tensor) -> Tensor:
+        return to_bands(x, self.bands.blocks, self.bands.back)
+
+    def for_sums(self) -> list[_Keys]:
+        """Return content and own keys of [SUM] queries, unrotated where debias drops rotation."""
+        (key, value), is_flat = self.own, self.plan.debias.rotary == "drop"
+        if not is_flat:
+            return [*self.content, _Keys(to_slots(key, self.bands), to_slots(value, self.bands), is_flat)]
+        flat = [self.band(unrotate(content, self.turns[1])) for content, _ in self.contents]
+        own = to_slots(unrotate(key, self.turns[2]), self.bands)
+        content = [_Keys(key, rotated.value, is_flat) for key, rotated in zip(flat, self.content, strict=True)]
+        return [*content, _Keys(own, to_slots(value, self.bands), is_flat)]
+
+
+def _content_queries(query: Tensor, keys: _BandedKeys, scaling: float, dropout: float) -> Tensor:
+    blocks = keys.bands.blocks
+    flat = to_blocks(unrotate(query, keys.turns[1]), blocks) if keys.pinned else None
+    mask = keys.plan.content_mask(len(keys.content), query.dtype)
+    out = _read(to_blocks(query, blocks), flat, [*keys.pinned, *keys.content], mask, scaling, dropout)
+    return to_rows(out, len(query), query.shape[2])
+
+
+def _sum_queries(query: Tensor, keys: _BandedKeys, scaling: float, dropout: float) -> Tensor:
+    """[SUM] queries are few: scores and softmax in fp32, whatever the model's precision."""
+    rotated, flat = (to_slots(x, keys.bands).float() for x in (query, unrotate(query, keys.turns[2])))
+    answers = [part.float() for part in (*keys.pinned, *keys.for_sums())]
+    mask = keys.plan.sum_mask(len(keys.content), query.shape[1])
+    out = _read(rotated, flat, answers, mask, scaling, dropout)
+    return from_slots(out.to(query.dtype), keys.bands)
 
 
 @dataclass(frozen=True)
@@ -227,52 +296,6 @@ class _Keys:
 
     def float(self) -> _Keys:
         return _Keys(self.key.float(), self.value.float(), self.is_flat)
-
-
-def _banded(
-    query: Tensor,
-    copies: Sequence[tuple[Tensor, Tensor]],
-    plan: AttentionPlan,
-    scaling: float,
-    dropout: float,
-) -> Float[Tensor, "B H T D"]:
-    """Content queries and [SUM] queries each read the prefix and their block's band of keys."""
-    assert plan.rotary is not None
-    batch, bands = plan.batch, plan.bands
-    sizes = [batch.prefix_size, batch.prompt.shape[1], batch.after.shape[1]]
-    turn = list(zip(*(part.split(sizes, dim=1) for part in plan.rotary), strict=True))
-    prefix_query, content_query, sum_query = query.split(sizes, dim=2)
-    (prefix_key, content_key, sum_key), (prefix_value, _, sum_value) = (x.split(sizes, dim=2) for x in copies[0])
-
-    def band(x: Tensor) -> Tensor:
-        return to_bands(x, bands.blocks, bands.back)
-
-    def slot(x: Tensor) -> Tensor:
-        return to_slots(x, bands)
-
-    contents = [[x.split(sizes, dim=2)[1] for x in copy] for copy in copies]
-    content_keys = [_Keys(band(key), band(value), is_flat=False) for key, value in contents]
-    pinned, flat_content, flat_sum = [], None, unrotate(sum_query, turn[2])
-    if sizes[0]:
-        ahead = (unrotate(prefix_key, turn[0]), prefix_value)
-        pinned = [_Keys(*(x.repeat_interleave(bands.blocks, 0) for x in ahead), is_flat=True)]
-        flat_content = to_blocks(unrotate(content_query, turn[1]), bands.blocks)
-    content_out = _read(
-        to_blocks(content_query, bands.blocks), flat_content, [*pinned, *content_keys],
-        plan.content_mask(len(copies), query.dtype), scaling, dropout,
-    )  # fmt: skip
-
-    itself = _Keys(slot(sum_key), slot(sum_value), is_flat=False)
-    if plan.debias.rotary == "drop":
-        content_keys = [_Keys(band(unrotate(key, turn[1])), band(value), is_flat=True) for key, value in contents]
-        itself = _Keys(slot(unrotate(sum_key, turn[2])), itself.value, is_flat=True)
-    sum_out = _read(
-        slot(sum_query).float(), slot(flat_sum).float(),
-        [keys.float() for keys in (*pinned, *content_keys, itself)],
-        plan.sum_mask(len(copies), query.shape[1]), scaling, dropout,
-    ).to(query.dtype)  # fmt: skip
-    prefix_out = sdpa(prefix_query, prefix_key, prefix_value, is_causal=True, scale=scaling)
-    return torch.cat([prefix_out, to_rows(content_out, len(query), sizes[1]), from_slots(sum_out, bands)], dim=2)
 
 
 def _read(

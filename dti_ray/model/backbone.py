@@ -62,7 +62,8 @@ class ClickModel(nn.Module):
         self.dropout = nn.Dropout(config.model.dropout)
         self.backend: Backend = choose_backend(config.model.attention)
         for layer in decoder.layers:
-            layer.self_attn.register_forward_pre_hook(_remember_rotary, with_kwargs=True)
+            layer.register_forward_pre_hook(_remember_rotary, with_kwargs=True)
+        decoder.layers[-1].register_forward_pre_hook(_keep_sums_only, with_kwargs=True)
         if config.reset.mode == "uniform":
             for layer in decoder.layers[:-1]:
                 layer.register_forward_hook(_reset_uniformly, with_kwargs=True)
@@ -73,11 +74,10 @@ class ClickModel(nn.Module):
 
     def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
         """Return the states at every [SUM], after the decoder's last norm."""
-        plan = AttentionPlan(batch, self.rules, self.debias, self.reset, self.backend)
         embeddings = self.dropout(self.embed(batch.tokens))
-        plan.embeddings, plan.layers = embeddings, self.decoder.layers
+        plan = AttentionPlan(batch, self.rules, self.debias, self.reset, self.backend, self.decoder.layers, embeddings)
         states = self.decoder(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False, dti=plan)
-        return states.last_hidden_state[:, -batch.after.shape[1] :]
+        return states.last_hidden_state
 
     def embed(self, tokens: Tensor) -> Float[Tensor, "B T W"]:
         """Look tokens up: ids behind the vocabulary are markers."""
@@ -199,6 +199,20 @@ def _remember_rotary(_module: nn.Module, _args: tuple[object, ...], kwargs: dict
     cos, sin = kwargs["position_embeddings"]
     rows = len(plan.batch.tokens)
     plan.rotary = (cos.expand(rows, -1, -1), sin.expand(rows, -1, -1))
+
+
+def _keep_sums_only(
+    _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
+) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+    """Hand the last layer [SUM] states alone: from the other tokens it needs keys and values, nothing else."""
+    plan = kwargs["dti"]
+    assert isinstance(plan, AttentionPlan)
+    states, *rest = args
+    sums = plan.batch.after.shape[1]
+    plan.last_states = states
+    angles = tuple(part[:, -sums:] for part in plan.rotary)
+    changed = {**kwargs, "position_embeddings": angles, "position_ids": plan.batch.positions[:, -sums:]}
+    return (states[:, -sums:], *rest), changed
 
 
 def _reset_uniformly(

@@ -18,9 +18,7 @@ from dti_ray.storage import Storage
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 ITEMS = [(item, f"Film {item}", 1990 + item, "Drama") for item in range(1, 13)]
-GOOD = [
-    (user, item, item % 5 + 1, 100 * user + item // 2) for user in range(1, 8) for item in range(1, user + 5)
-]
+GOOD = [(user, item, item % 5 + 1, 100 * user + item // 2) for user in range(1, 8) for item in range(1, user + 5)]
 BAD = [
     ("", 1, 3, 5),
     (1, "", 3, 5),
@@ -180,18 +178,14 @@ def test_global_time_of_bad_rows_alone_is_refused_too(tmp_path: Path, write_raw)
 def test_malformed_line_is_named(tmp_path: Path, write_raw) -> None:
     write_raw([*GOOD, (1, 2, 3)], ITEMS)
     # the heading is read in one block with the rest of so small a file
-    with pytest.raises(
-        InputError, match=r"tiny\.inter: cannot be read as a table: .*Expected 4 columns, got 3"
-    ):
+    with pytest.raises(InputError, match=r"tiny\.inter: cannot be read as a table: .*Expected 4 columns, got 3"):
         prepare(tiny(), Storage(str(tmp_path)))
 
 
 def test_malformed_line_far_down_is_named(tmp_path: Path, write_raw) -> None:
     rows = [(1, 2, 3, time) for time in range(150_000)]
     write_raw([*rows, (1, 2, 3)], ITEMS)
-    with pytest.raises(
-        InputError, match=r"tiny\.inter: cannot be read as a table: .*Expected 4 columns, got 3"
-    ):
+    with pytest.raises(InputError, match=r"tiny\.inter: cannot be read as a table: .*Expected 4 columns, got 3"):
         prepare(tiny(), Storage(str(tmp_path)))
 
 

@@ -18,9 +18,7 @@ from dti_ray.errors import InputError
 from dti_ray.metrics import Metrics, Predictions, evaluate, paired_difference
 
 TIED = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5, 0.75, 1.0])
-ROWS = st.lists(
-    st.tuples(st.integers(0, 4), st.integers(0, 1), TIED, st.integers(0, 3)), min_size=2, max_size=40
-)
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), TIED, st.integers(0, 3)), min_size=2, max_size=40)
 
 UNHURRIED = settings(deadline=None, max_examples=60)
 
@@ -159,9 +157,7 @@ def test_f1_without_clicks_and_without_predicted_clicks_is_nan() -> None:
 def test_rows_of_weights_give_one_number_each() -> None:
     predictions = simulate(targets=60, users=7, seed=0)
     label, probability = predictions.label, predictions.probability
-    weight = np.random.default_rng(1).integers(0, 3, size=7)[None, predictions.user] * np.array(
-        [[1], [2], [5]]
-    )
+    weight = np.random.default_rng(1).integers(0, 3, size=7)[None, predictions.user] * np.array([[1], [2], [5]])
     for function in (metrics.auc, metrics.log_loss, metrics.f1, metrics.calibration_error):
         together = function(label, probability, weight)
         assert together == pytest.approx([float(function(label, probability, row)) for row in weight])
@@ -229,9 +225,7 @@ def test_paired_difference_is_narrower_than_two_intervals_and_changes_sign_with_
     assert difference.value == pytest.approx(auc_a.value - auc_b.value)
     assert 0 < difference.low <= difference.value <= difference.high
     assert difference.high - difference.low < (auc_a.high - auc_a.low) / 2
-    assert (back.value, back.low, back.high) == pytest.approx(
-        (-difference.value, -difference.high, -difference.low)
-    )
+    assert (back.value, back.low, back.high) == pytest.approx((-difference.value, -difference.high, -difference.low))
 
 
 def test_paired_difference_refuses_different_targets() -> None:

@@ -104,9 +104,7 @@ def put_evaluation(storage: Storage, run: str, predictions: int, checkpoint: str
     storage.write(f"runs/{run}/metrics/predictions_test.parquet", parquet(columns))
 
 
-def streaming_mask(
-    context: int, targets: int, words: int = 2, prefix: int = 2, prompts: int = 1
-) -> MaskPicture:
+def streaming_mask(context: int, targets: int, words: int = 2, prefix: int = 2, prompts: int = 1) -> MaskPicture:
     """Make the anchored mask: causal within a prompt, and [SUM] hidden from all others."""
     kind, label, prompt = [], [], []
     for number in range(prompts):

@@ -16,9 +16,7 @@ ITEM_IDS = pa.array(["10", "9"])  # the order of bytes
 
 
 def raw(*rows: Sequence[str | None]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [dict(zip(RAW_INTERACTIONS.names, row, strict=True)) for row in rows], RAW_INTERACTIONS
-    )
+    return pa.Table.from_pylist([dict(zip(RAW_INTERACTIONS.names, row, strict=True)) for row in rows], RAW_INTERACTIONS)
 
 
 def reasons(config: DataConfig, *rows: Sequence[str | None]) -> list[str]:
@@ -61,9 +59,7 @@ def test_click_other_than_0_or_1_is_refused(label: str | None) -> None:
 
 
 def test_clicks_are_read_as_they_are() -> None:
-    good, _ = check(
-        raw(("u", "9", "1", "7"), ("u", "9", "0.0", "8"), ("u", "9", "1.0", "9")), CLICKS, ITEM_IDS
-    )
+    good, _ = check(raw(("u", "9", "1", "7"), ("u", "9", "0.0", "8"), ("u", "9", "1.0", "9")), CLICKS, ITEM_IDS)
     assert good["label"].to_pylist() == [1, 0, 1]
 
 

@@ -41,14 +41,10 @@ rows_strategy = st.lists(
 
 
 def good(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(
-        [dict(zip(INTERACTIONS.names, row, strict=True)) for row in rows], INTERACTIONS
-    )
+    return pa.Table.from_pylist([dict(zip(INTERACTIONS.names, row, strict=True)) for row in rows], INTERACTIONS)
 
 
-def reference(
-    rows: list[Row], config: DataConfig
-) -> tuple[dict[str, list[tuple[int, int, int, int]]], Counter]:
+def reference(rows: list[Row], config: DataConfig) -> tuple[dict[str, list[tuple[int, int, int, int]]], Counter]:
     """Do with loops what `sequences` does with sorts."""
     users: dict[str, list[tuple[int, int, int, int]]] = {}
     refused: Counter = Counter()
@@ -79,9 +75,7 @@ def as_lists(table: pa.Table) -> dict[str, list[tuple[int, int, int, int]]]:
 
 
 def test_worked_example() -> None:
-    table, refused = sequences(
-        good([("u", 1, 1, 7), ("u", 0, 0, 7), ("u", 2, 1, 3), ("u", 0, 1, 9)]), ITEM_IDS, HALF
-    )
+    table, refused = sequences(good([("u", 1, 1, 7), ("u", 0, 0, 7), ("u", 2, 1, 3), ("u", 0, 1, 9)]), ITEM_IDS, HALF)
     assert table.schema.equals(SEQUENCES)
     assert as_lists(table) == {"u": [(2, 1, 3, 0), (0, 0, 7, 0), (1, 1, 7, 1), (0, 1, 9, 2)]}
     assert len(refused) == 0
@@ -115,13 +109,9 @@ def test_global_time_splits_at_the_boundaries(rows: list[Row], until: list[int])
         assert [split for *_, split in user] == [int(t > until[0]) + int(t > until[1]) for _, _, t, _ in user]
 
 
-@pytest.mark.parametrize(
-    ("length", "expected"), [(1, (0, 0, 1)), (5, (4, 0, 1)), (10, (7, 1, 2)), (19, (13, 2, 4))]
-)
+@pytest.mark.parametrize(("length", "expected"), [(1, (0, 0, 1)), (5, (4, 0, 1)), (10, (7, 1, 2)), (19, (13, 2, 4))])
 def test_user_time_splits_floor_the_shares(length: int, expected: tuple[int, int, int]) -> None:
-    config = DataConfig(
-        min_interactions=1, train_fraction=0.7, valid_fraction=0.1
-    )  # 0.7 + 0.1 < 0.8 in floats
+    config = DataConfig(min_interactions=1, train_fraction=0.7, valid_fraction=0.1)  # 0.7 + 0.1 < 0.8 in floats
     if length == 5:
         config = ANY_LENGTH
     table, _ = sequences(good([("u", 0, 0, time) for time in range(length)]), ITEM_IDS, config)
@@ -179,9 +169,7 @@ def test_segments_one_by_one_are_all_users(dataset: Dataset) -> None:
     assert whole.user_ids.tolist() == [f"u{length}" for length in range(1, 10)]
     assert np.diff(whole.offsets).tolist() == list(range(1, 10))
     for name in ("user_ids", "items", "labels", "times", "splits"):
-        np.testing.assert_array_equal(
-            np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name)
-        )
+        np.testing.assert_array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
     for segment, part in zip(dataset.segments, parts, strict=True):
         assert np.bincount(part.splits, minlength=len(SPLITS)).tolist() == list(segment.targets)
 

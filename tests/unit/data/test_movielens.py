@@ -24,9 +24,7 @@ def silent(done: int, total: int | None) -> None:
 def read_log(config: DataConfig, storage: Storage) -> pa.Table:
     raw = locate(config, storage)
     tables = [
-        csv.read_csv(
-            raw.storage.path(log), parse_options=raw.parse_options(), convert_options=raw.convert_options()
-        )
+        csv.read_csv(raw.storage.path(log), parse_options=raw.parse_options(), convert_options=raw.convert_options())
         for log in raw.logs
     ]
     table = pa.concat_tables(tables)
@@ -147,9 +145,7 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_failing_pip_is_reported_with_its_last_lines(tmp_path: Path, local_index: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"recbole==1\.2\.1: pip could not download it .*No matching distribution"
-    ):
+    with pytest.raises(InputError, match=r"recbole==1\.2\.1: pip could not download it .*No matching distribution"):
         fetch(Storage(str(tmp_path / "root")), "ml-100k", silent)
     assert not (tmp_path / "root").exists()
 

@@ -1,0 +1,85 @@
+"""Small worlds for tests: random users, catalogues and models whose differences are large enough to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dti_ray.config import RunConfig, load_config
+from dti_ray.data.interactions import TRAIN, UserSequences
+from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
+from dti_ray.data.prompts import TokenTable
+from dti_ray.model.backbone import ClickModel, build_model
+from dti_ray.model.batch import collate
+
+VOCABULARY = 60
+ITEMS = 30
+LARGE_STD = 0.15  # of all matrices: logits then differ by about 1 between targets
+TINY = ["model.hidden_size=32", "model.heads=4", "model.kv_heads=2", "model.intermediate_size=48"]
+
+
+def make_config(*overrides: str) -> RunConfig:
+    return load_config([], [*TINY, "train.precision=fp32", *overrides])
+
+
+def make_table(seed: int = 0, prefix: int = 3, longest: int = 3) -> TokenTable:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, ITEMS)
+    return TokenTable(
+        tokens=rng.integers(0, VOCABULARY, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        prefix=np.arange(prefix, dtype=np.int32),
+        vocabulary=VOCABULARY,
+        marker_ids=(None, 0, 1),
+    )
+
+
+def make_sequences(lengths: Sequence[int], seed: int = 0, split: int = TRAIN) -> UserSequences:
+    """Return users whose interactions are all of one split; about half of them share their second."""
+    rng = np.random.default_rng(seed)
+    size = sum(lengths)
+    return UserSequences(
+        user_ids=np.array([f"user {i}" for i in range(len(lengths))]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=rng.integers(0, ITEMS, size).astype(np.int32),
+        labels=rng.integers(0, 2, size).astype(np.int8),
+        times=np.concatenate([np.sort(rng.integers(0, max(2, n // 2), n)) for n in lengths]),
+        splits=np.full(size, split, dtype=np.int8),
+    )
+
+
+def make_model(config: RunConfig, table: TokenTable, seed: int = 0) -> ClickModel:
+    model = build_model(config, table).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=LARGE_STD, generator=generator)
+    return model
+
+
+def train_spec(config: RunConfig, **changes: int | None) -> PackSpec:
+    return pack_spec(config.packing, config.prompt.context, TRAIN, **changes)
+
+
+def score(model: ClickModel, rows: Sequence[PackedRow], table: TokenTable) -> dict[tuple[int, int], float]:
+    """Return the log-odds of each (user, interaction) of some rows, padded together."""
+    batch = collate(rows, table)
+    with torch.no_grad():
+        log_odds = model(batch)[batch.is_target].tolist()
+    users = np.concatenate([row.users for row in rows]).tolist()
+    interactions = np.concatenate([row.interaction[row.after] for row in rows]).tolist()
+    return dict(zip(zip(users, interactions, strict=True), log_odds, strict=True))
+
+
+def score_packed(
+    model: ClickModel, sequences: UserSequences, table: TokenTable, spec: PackSpec, seed: int | None = None
+) -> dict[tuple[int, int], float]:
+    rng = None if seed is None else np.random.default_rng(seed)
+    return score(model, list(pack(sequences, table, spec, rng=rng)), table)
+
+
+def largest_difference(a: dict[tuple[int, int], float], b: dict[tuple[int, int], float]) -> float:
+    assert a.keys() == b.keys()
+    return max(abs(a[key] - b[key]) for key in a)
