@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 
 from dti_ray.config import RunConfig, load_config, to_yaml
 from dti_ray.display import Bar, TrainingView, console, show_dataset, show_evaluation
@@ -27,11 +29,22 @@ config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
-Files = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; may be given several times")]
+Files = Annotated[
+    list[Path],
+    typer.Option(
+        "--config", "-c", help="YAML file; may be given several times", default_factory=list, show_default=False
+    ),
+]
 Root = Annotated[str | None, typer.Option("--root", help="storage root: folder, file://, s3:// or gs:// URI")]
 AsJson = Annotated[bool, typer.Option("--json", help="end with one machine-readable line on stdout")]
-Overrides = Annotated[list[str], typer.Argument(help="overrides such as optim.lr=3e-4 packing.k=50")]
-RunAndOverrides = Annotated[list[str], typer.Argument(help="name of the run, and overrides such as eval.n=20")]
+Overrides = Annotated[
+    list[str],
+    typer.Argument(help="overrides such as optim.lr=3e-4 packing.k=50", default_factory=list, show_default=False),
+]
+RunAndOverrides = Annotated[
+    list[str],
+    typer.Argument(help="name of the run, and overrides such as eval.n=20", default_factory=list, show_default=False),
+]
 Split = Annotated[str, typer.Option("--split", help="valid or test")]
 
 OF_AN_EVALUATION = ("eval", "storage", "cluster")
@@ -50,7 +63,7 @@ def data_get(name: Annotated[str, typer.Argument(help="ml-100k")], root: Root = 
 
 
 @app.command()
-def prepare(overrides: Overrides = [], files: Files = [], root: Root = None, as_json: AsJson = False) -> None:  # noqa: B006
+def prepare(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
     """Turn a raw log into time-ordered, split users."""
     from dti_ray.cluster import connect
     from dti_ray.data.prepare import prepare as run_prepare
@@ -68,7 +81,7 @@ def prepare(overrides: Overrides = [], files: Files = [], root: Root = None, as_
 
 
 @app.command()
-def train(overrides: Overrides = [], files: Files = [], root: Root = None, as_json: AsJson = False) -> None:  # noqa: B006
+def train(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
     """Train a run, or go on with it; ends with its validation metrics."""
     config = _load(files, overrides, root)
     _end(as_json, _train(config))
@@ -76,8 +89,8 @@ def train(overrides: Overrides = [], files: Files = [], root: Root = None, as_js
 
 @app.command()
 def evaluate(
-    arguments: RunAndOverrides = [],  # noqa: B006
-    files: Files = [],  # noqa: B006
+    arguments: RunAndOverrides,
+    files: Files,
     split: Split = "test",
     root: Root = None,
     as_json: AsJson = False,
@@ -92,10 +105,10 @@ def evaluate(
 
 @app.command()
 def report(
-    arguments: RunAndOverrides = [],
-    files: Files = [],
+    arguments: RunAndOverrides,
+    files: Files,
     root: Root = None,
-    as_json: AsJson = False,  # noqa: B006
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's HTML page."""
     config = _stored_config(arguments, files, root)
@@ -104,7 +117,7 @@ def report(
 
 
 @app.command()
-def demo(overrides: Overrides = [], files: Files = [], root: Root = None, as_json: AsJson = False) -> None:  # noqa: B006
+def demo(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
     """Get MovieLens-100K, prepare, train, evaluate and report: everything, on this machine."""
     files = files or [_demo_file()]
     config = _load(files, overrides, root)
@@ -117,18 +130,22 @@ def demo(overrides: Overrides = [], files: Files = [], root: Root = None, as_jso
 
 
 @config_app.command("show")
-def config_show(overrides: Overrides = [], files: Files = [], root: Root = None) -> None:  # noqa: B006
+def config_show(overrides: Overrides, files: Files, root: Root = None) -> None:
     """Print the effective configuration as YAML."""
     sys.stdout.write(to_yaml(_load(files, overrides, root)))
 
 
-def main() -> NoReturn:
-    """Run the command line; every expected error is one line per fault, without a traceback."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; every expected error is one line per fault, without a traceback.
+
+    Args:
+        arguments: command first; None takes the process's own.
+    """
     try:
-        app()
+        app(arguments, prog_name="dti-ray")
     except DtiRayError as error:
         for fault in error.faults:
-            console.print(f"[red]error[/] {fault}", markup=True, soft_wrap=True)
+            console.print(f"[red]error[/] {escape(str(fault))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from the last checkpoint")

@@ -23,6 +23,8 @@ from dti_ray.config.schema import RunConfig
 from dti_ray.errors import ConfigError, Fault
 
 Tree = dict[str, object]
+NUMBER = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$")
+NUMBER_STARTS = list("-+0123456789.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,11 +38,14 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, NUMBER_STARTS)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or `_Loader` would not read as text."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, NUMBER_STARTS)
 
 # What may differ between two runs of one name: where it runs and how often it reports, not what it learns.
 NOT_IN_HASH = ("storage", "cluster")
@@ -53,7 +58,8 @@ def load_config(
 
     Args:
         files: YAML files; later ones win key by key.
-        overrides: `dotted.key=value` strings; the value is read as YAML, or as text where it is none.
+        overrides: `dotted.key=value` strings; numbers, true, false, null and quoted text are read as YAML,
+            any other text stays as it was typed.
         base: what files and overrides change; None starts from the schema's defaults.
 
     Raises:
@@ -82,12 +88,21 @@ def load_config(
 
 def to_yaml(config: RunConfig) -> str:
     """Return the effective configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def from_yaml(text: str) -> RunConfig:
-    """Return the configuration that `to_yaml` wrote."""
-    return RunConfig.model_validate(yaml.load(text, _Loader))  # noqa: S506 - a SafeLoader
+    """Return the configuration that `to_yaml` wrote.
+
+    Raises:
+        ConfigError: the text is damaged, or another version of the schema wrote it.
+    """
+    try:
+        return RunConfig.model_validate(yaml.load(text, _Loader))  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(_not_yaml("stored configuration", error)) from None
+    except ValidationError as error:
+        raise ConfigError(*_faults_of(error)) from None
 
 
 def config_hash(config: RunConfig) -> str:
@@ -120,7 +135,7 @@ def _read_yaml(path: Path) -> Tree:
     except OSError as error:
         raise ConfigError(Fault(str(path), f"cannot be read ({error.strerror})", "a YAML file")) from None
     except yaml.YAMLError as error:
-        raise ConfigError(Fault(str(path), f"is not YAML: {' '.join(str(error).split())}")) from None
+        raise ConfigError(_not_yaml(str(path), error)) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -132,14 +147,25 @@ def _parse_override(override: str) -> Tree:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(Fault(override, "is not an override", "`section.key=value`, as in optim.lr=3e-4"))
-    try:
-        value: object = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        value = text  # a template or a pattern, typed without YAML's quotes
+    value = _parse_value(text)
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _parse_value(text: str) -> object:
+    """Read a scalar; a template such as `{title}` would be a mapping to YAML, and ` #1` a comment."""
+    try:
+        value: object = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return text
+    is_quoted = isinstance(value, str) and text.startswith(("'", '"'))
+    return value if is_quoted or isinstance(value, (bool, int, float)) or text == "null" else text
+
+
+def _not_yaml(where: str, error: yaml.YAMLError) -> Fault:
+    return Fault(where, f"is not YAML: {' '.join(str(error).split())}")
 
 
 def _merge(into: Tree, tree: Tree) -> None:
@@ -177,14 +203,13 @@ def _field(where: str, known: list[str]) -> str:
 
 
 def _suggestion(where: str, known: list[str]) -> str:
-    leaf = where.rpartition(".")[2]
+    section, _, leaf = where.rpartition(".")
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-    near = same_leaf or difflib.get_close_matches(where, known, n=1, cutoff=0.6)
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    near = same_leaf or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1)]
     if near:
         return f"did you mean {near[0]}?"
-    section = where.rpartition(".")[0]
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
-    return f"known here: {', '.join(siblings)}" if siblings else "see `dti-ray config show`"
+    return f"known here: {', '.join(siblings.values())}" if siblings else "see `dti-ray config show`"
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -33,23 +33,25 @@ class Window(StrEnum):
 class DataConfig(Section):
     """Which log is prepared, how a click is defined, and how time splits it."""
 
-    name: str = Field("ml-100k", pattern=r"^[A-Za-z0-9._-]+$", description="data set's folder below the root")
-    source: Literal["movielens"] = Field("movielens", description="reader of the raw files")
-    path: str | None = Field(None, description="folder or URI of the raw files; null: <root>/raw/<name>")
-    label_column: str = Field("rating", description="raw column that the label comes from")
+    name: str = Field(default="ml-100k", pattern=r"^[A-Za-z0-9._-]+$", description="data set's folder below the root")
+    source: Literal["movielens"] = Field(default="movielens", description="reader of the raw files")
+    path: str | None = Field(default=None, description="folder or URI of the raw files; null: <root>/raw/<name>")
+    label_column: str = Field(default="rating", description="raw column that the label comes from")
     label_threshold: float | None = Field(
-        3.0, description="label = column > threshold; null: the column holds 0 or 1 already"
+        default=3.0, description="label = column > threshold; null: the column holds 0 or 1 already"
     )
     split: Literal["user_time", "global_time"] = Field(
-        "user_time", description="cut each user's own time line, or one time line for all"
+        default="user_time", description="cut each user's own time line, or one time line for all"
     )
-    train_fraction: OpenFraction = Field(0.8, description="share of the oldest interactions, for training")
-    valid_fraction: OpenFraction = Field(0.1, description="share after those, for validation; the rest is test")
-    min_interactions: PositiveInt = Field(5, description="users with fewer interactions go to quarantine (count)")
+    train_fraction: OpenFraction = Field(default=0.8, description="share of the oldest interactions, for training")
+    valid_fraction: OpenFraction = Field(default=0.1, description="share after those, for validation; the rest is test")
+    min_interactions: PositiveInt = Field(
+        default=5, description="users with fewer interactions go to quarantine (count)"
+    )
     segment_interactions: PositiveInt = Field(
-        1024, description="interactions of one row group: the unit that is read, shuffled and resumed (count)"
+        default=1024, description="interactions of one row group: the unit that is read, shuffled and resumed (count)"
     )
-    shard_interactions: PositiveInt = Field(4_000_000, description="interactions of one Parquet shard (count)")
+    shard_interactions: PositiveInt = Field(default=4_000_000, description="interactions of one Parquet shard (count)")
 
     @model_validator(mode="after")
     def _some_test_is_left(self) -> DataConfig:
@@ -62,33 +64,33 @@ class PromptConfig(Section):
     """How an interaction becomes text, and a text becomes tokens."""
 
     item_template: str = Field(
-        "{title}", description="item text; {column} names a column of the item catalogue", min_length=1
+        default="{title}", description="item text; {column} names a column of the item catalogue", min_length=1
     )
     word_break: str = Field(
-        r"\s+", description="regular expression between two words; for the tokenizer built from the catalogue"
+        default=r"\s+", description="regular expression between two words; for the tokenizer built from the catalogue"
     )
-    prefix: str = Field("", description="text before the first interaction, read once by every prompt")
-    yes_token: str = Field("<yes>", min_length=1, description="feedback of a click; must be one token")
-    no_token: str = Field("<no>", min_length=1, description="feedback of no click; must be one token")
-    max_item_tokens: PositiveInt = Field(64, description="item texts are cut here (tokens)")
+    prefix: str = Field(default="", description="text before the first interaction, read once by every prompt")
+    yes_token: str = Field(default="<yes>", min_length=1, description="feedback of a click; must be one token")
+    no_token: str = Field(default="<no>", min_length=1, description="feedback of no click; must be one token")
+    max_item_tokens: PositiveInt = Field(default=64, description="item texts are cut here (tokens)")
     context: Literal["ordered", "strictly_earlier"] = Field(
-        "ordered", description="may a target see feedback that carries its own timestamp?"
+        default="ordered", description="may a target see feedback that carries its own timestamp?"
     )
 
 
 class PackingConfig(Section):
     """How targets share a prompt, and prompts a row."""
 
-    k: PositiveInt | Literal["all"] = Field(20, description="targets of one prompt; 1 is the sliding window")
-    n: PositiveInt = Field(10, description="interactions before the first target of a prompt (context)")
-    window: Window = Field(Window.OFF, description="how far a token sees back within its prompt")
-    window_tokens: PositiveInt = Field(256, description="reach of `window: tokens` (tokens)")
+    k: PositiveInt | Literal["all"] = Field(default=20, description="targets of one prompt; 1 is the sliding window")
+    n: PositiveInt = Field(default=10, description="interactions before the first target of a prompt (context)")
+    window: Window = Field(default=Window.OFF, description="how far a token sees back within its prompt")
+    window_tokens: PositiveInt = Field(default=256, description="reach of `window: tokens` (tokens)")
     min_context: Annotated[int, Field(ge=0)] = Field(
-        0, description="targets with fewer interactions before them are left out (count)"
+        default=0, description="targets with fewer interactions before them are left out (count)"
     )
-    row_tokens: PositiveInt = Field(4096, description="capacity of a row, [SUM] included (tokens)")
+    row_tokens: PositiveInt = Field(default=4096, description="capacity of a row, [SUM] included (tokens)")
     streams: PositiveInt = Field(
-        4, description="virtual streams of an epoch; a multiple of every worker count that may train"
+        default=4, description="virtual streams of an epoch; a multiple of every worker count that may train"
     )
 
 
@@ -96,17 +98,17 @@ class ModelConfig(Section):
     """Which decoder predicts, and what reads its answer."""
 
     name_or_path: str | None = Field(
-        None, description="Hugging Face name or folder; null: the tiny Llama below, from scratch"
+        default=None, description="Hugging Face name or folder; null: the tiny Llama below, from scratch"
     )
-    hidden_size: PositiveInt = Field(128, description="width, from scratch only")
-    layers: PositiveInt = Field(4, description="decoder layers, from scratch only")
-    heads: PositiveInt = Field(4, description="attention heads, from scratch only")
-    kv_heads: PositiveInt = Field(4, description="key/value heads, from scratch only")
-    intermediate_size: PositiveInt = Field(384, description="width of the MLP, from scratch only")
-    head: Literal["yes_no", "linear"] = Field("yes_no", description="two label rows, or one linear unit")
-    attention: Literal["auto", "dense", "banded"] = Field("auto", description="attention backend")
+    hidden_size: PositiveInt = Field(default=128, description="width, from scratch only")
+    layers: PositiveInt = Field(default=4, description="decoder layers, from scratch only")
+    heads: PositiveInt = Field(default=4, description="attention heads, from scratch only")
+    kv_heads: PositiveInt = Field(default=4, description="key/value heads, from scratch only")
+    intermediate_size: PositiveInt = Field(default=384, description="width of the MLP, from scratch only")
+    head: Literal["yes_no", "linear"] = Field(default="yes_no", description="two label rows, or one linear unit")
+    attention: Literal["auto", "dense", "banded"] = Field(default="auto", description="attention backend")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="dropout of token embeddings while training (share)"
+        default=0.0, description="dropout of token embeddings while training (share)"
     )
 
     @model_validator(mode="after")
@@ -122,85 +124,85 @@ class DebiasConfig(Section):
     """Bottleneck 2, positional-bias overfitting: what a [SUM] query knows of order."""
 
     strength: Annotated[float, Field(ge=0.0)] = Field(
-        0.0, description="lambda of the distance bias on [SUM] scores; 0 is no debias"
+        default=0.0, description="lambda of the distance bias on [SUM] scores; 0 is no debias"
     )
-    distance: Literal["linear", "log1p"] = Field("linear", description="g(d), d in interactions")
-    rotary: Literal["keep", "drop"] = Field("keep", description="rotate [SUM] queries and their keys, or not")
+    distance: Literal["linear", "log1p"] = Field(default="linear", description="g(d), d in interactions")
+    rotary: Literal["keep", "drop"] = Field(default="keep", description="rotate [SUM] queries and their keys, or not")
 
 
 class ResetConfig(Section):
     """Bottleneck 1, hidden-state leakage: how far context states return to their embeddings."""
 
-    mode: Literal["off", "uniform", "distance", "constant"] = Field("off", description="METHOD's reset rules")
-    alpha: Fraction = Field(0.1, description="alpha, or alpha_max of `distance`")
+    mode: Literal["off", "uniform", "distance", "constant"] = Field(default="off", description="METHOD's reset rules")
+    alpha: Fraction = Field(default=0.1, description="alpha, or alpha_max of `distance`")
 
 
 class OptimConfig(Section):
     """AdamW, its schedule, and the step, which is counted in targets."""
 
-    lr: Annotated[float, Field(gt=0.0)] = Field(3e-3, description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="decoupled; matrices only")
-    beta1: OpenFraction = Field(0.9, description="AdamW")
-    beta2: OpenFraction = Field(0.98, description="AdamW")
-    eps: Annotated[float, Field(gt=0.0)] = Field(1e-8, description="AdamW")
-    warmup: Fraction = Field(0.05, description="share of all targets over which the rate rises")
-    final_lr: Fraction = Field(0.05, description="rate at the end, as a share of the peak (cosine)")
-    grad_clip: Annotated[float, Field(gt=0.0)] = Field(1.0, description="global gradient norm, L2")
-    targets_per_step: PositiveInt = Field(256, description="targets of one optimizer step, all ranks (count)")
-    epochs: PositiveInt = Field(3, description="passes over the training targets")
+    lr: Annotated[float, Field(gt=0.0)] = Field(default=3e-3, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="decoupled; matrices only")
+    beta1: OpenFraction = Field(default=0.9, description="AdamW")
+    beta2: OpenFraction = Field(default=0.98, description="AdamW")
+    eps: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="AdamW")
+    warmup: Fraction = Field(default=0.05, description="share of all targets over which the rate rises")
+    final_lr: Fraction = Field(default=0.05, description="rate at the end, as a share of the peak (cosine)")
+    grad_clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="global gradient norm, L2")
+    targets_per_step: PositiveInt = Field(default=256, description="targets of one optimizer step, all ranks (count)")
+    epochs: PositiveInt = Field(default=3, description="passes over the training targets")
     sliding_tail: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="last share of the targets, trained as stand-alone prompts"
+        default=0.0, description="last share of the targets, trained as stand-alone prompts"
     )
 
 
 class TrainConfig(Section):
     """The run: its name, its seed, its engine and its pace of reporting."""
 
-    run: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run below <root>/runs")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="the one seed")
-    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one process, no DeepSpeed")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of weights in compute; AdamW keeps fp32")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    run: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", description="name of the run below <root>/runs")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(default=0, description="the one seed")
+    engine: Literal["deepspeed", "torch"] = Field(default="deepspeed", description="torch: one process, no DeepSpeed")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="of weights in compute; AdamW keeps fp32")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
     rows_per_pass: PositiveInt = Field(
-        8, description="rows of one forward pass at most; more rows of a step are accumulated (count)"
+        default=8, description="rows of one forward pass at most; more rows of a step are accumulated (count)"
     )
-    log_targets: PositiveInt = Field(5_000, description="a line of metrics every so many targets (count)")
+    log_targets: PositiveInt = Field(default=5_000, description="a line of metrics every so many targets (count)")
 
 
 class EvalConfig(Section):
     """When a run is evaluated, and under which protocol."""
 
-    every_targets: PositiveInt = Field(40_000, description="validation every so many targets (count)")
+    every_targets: PositiveInt = Field(default=40_000, description="validation every so many targets (count)")
     max_valid_targets: PositiveInt | None = Field(
-        None, description="validate during training on a fixed sample of at most so many targets; null: all"
+        default=None, description="validate during training on a fixed sample of at most so many targets; null: all"
     )
-    n: PositiveInt | None = Field(None, description="context interactions at inference; null: packing.n")
-    row_tokens: PositiveInt = Field(4096, description="capacity of a row at inference (tokens)")
-    bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="bootstrap replicates over users")
+    n: PositiveInt | None = Field(default=None, description="context interactions at inference; null: packing.n")
+    row_tokens: PositiveInt = Field(default=4096, description="capacity of a row at inference (tokens)")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(default=1000, description="bootstrap replicates over users")
 
 
 class CheckpointConfig(Section):
     """What is kept of a run: the best state by validation AUC and the last one."""
 
-    keep_last: PositiveInt = Field(1, description="newest checkpoints kept (count)")
-    keep_best: PositiveInt = Field(1, description="best checkpoints by validation AUC kept (count)")
+    keep_last: PositiveInt = Field(default=1, description="newest checkpoints kept (count)")
+    keep_best: PositiveInt = Field(default=1, description="best checkpoints by validation AUC kept (count)")
 
 
 class StorageConfig(Section):
     """Where everything lies."""
 
-    root: str = Field("outputs", min_length=1, description="folder, file://, s3:// or gs:// URI")
+    root: str = Field(default="outputs", min_length=1, description="folder, file://, s3:// or gs:// URI")
 
 
 class ClusterConfig(Section):
     """What the run asks of Ray."""
 
-    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS's cluster or a local one")
-    workers: PositiveInt = Field(2, description="training workers (count)")
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of each training worker")
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of each training worker")
-    data_cpus: PositiveInt = Field(1, description="CPUs left for packing beside the trainers (count)")
-    object_store_mb: PositiveInt = Field(256, description="object store of a local cluster (MB)")
+    address: str | None = Field(default=None, description="Ray address; null: RAY_ADDRESS's cluster or a local one")
+    workers: PositiveInt = Field(default=2, description="training workers (count)")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1, description="CPUs of each training worker")
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of each training worker")
+    data_cpus: PositiveInt = Field(default=1, description="CPUs left for packing beside the trainers (count)")
+    object_store_mb: PositiveInt = Field(default=256, description="object store of a local cluster (MB)")
 
 
 class RunConfig(Section):

@@ -82,8 +82,7 @@ class AttentionPlan:
         """Return the additive mask of content queries on [prefix | copies of the band], made once."""
         key = ("content", copies, dtype)
         if key not in self._masks:
-            at = self.bands
-            parts = self.copy_masks(at.content_seen, at.content_distance, copies)
+            parts = self._band_masks("content", copies)
             self._masks[key] = pad(torch.cat(parts, dim=-1), (self.batch.prefix_size, 0)).to(dtype)
         return self._masks[key]
 
@@ -91,21 +90,27 @@ class AttentionPlan:
         """Return the additive mask of [SUM] queries on [prefix | copies of the band | each itself], made once."""
         key = ("sum", copies, torch.float32)
         if key not in self._masks:
-            at = self.bands
-            parts = self.copy_masks(at.sum_seen, at.sum_distance, copies)
+            parts = self._band_masks("sum", copies)
             if self.debias.strength > 0:
-                bias = self.position_bias(at.sum_distance, heads)
+                bias = self.position_bias(self.bands.distance("sum"), heads)
                 parts = [part + bias for part in parts]
-            itself = torch.full([at.sum_seen.shape[1]] * 2, HIDDEN, device=at.home.device).fill_diagonal_(0.0)
+            slots = parts[0].shape[-2]
+            itself = torch.full([slots, slots], HIDDEN, device=parts[0].device).fill_diagonal_(0.0)
             keys = pad(torch.cat(parts, dim=-1), (self.batch.prefix_size, 0))
             self._masks[key] = torch.cat([keys, itself.expand(*keys.shape[:-1], -1)], dim=-1)
         return self._masks[key]
 
-    def copy_masks(self, seen: Bool[Tensor, "*N Q K"], d: Int[Tensor, "*N Q K"], copies: int) -> list[Tensor]:
+    def _band_masks(self, kind: str, copies: int) -> list[Tensor]:
+        return self.copy_masks(
+            self.bands.seen(kind, self.rules), self.bands.distance(kind) if copies == 2 else None, copies
+        )
+
+    def copy_masks(self, seen: Bool[Tensor, "*N Q K"], d: Int[Tensor, "*N Q K"] | None, copies: int) -> list[Tensor]:
         """Return fp32 additive masks [*N, 1, Q, K]: of the contextual copy and, of two, of h0's copy."""
         hidden = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, HIDDEN).unsqueeze(-3)
         if copies == 1:
             return [hidden]
+        assert d is not None
         alpha = reset_weight(d, self.reset, self.rules.n).unsqueeze(-3)
         return [hidden + torch.log1p(-alpha), hidden + torch.log(alpha)]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import pad
 
 from dti_ray.config import Window
@@ -44,20 +45,24 @@ class Bands:
         back: key blocks in front of the query block.
         slots: for each slot the [SUM] in it (0 where empty).
         home: for each [SUM] its slot (0 where it is padding).
-        content_seen: may the content query see the key?
-        content_distance: d in interactions, where it sees it.
-        sum_seen: may the [SUM] in the slot see the key?
-        sum_distance: d in interactions, where it sees it.
+        keys: coordinates of the keys of each band, [N, 1, K].
+        queries: coordinates of `content` queries [N, Q, 1] and of `sum` queries [N, G, 1].
     """
 
     blocks: int
     back: int
     slots: Int[Tensor, "B MG"]
     home: Int[Tensor, "B S"]
-    content_seen: Bool[Tensor, "N Q K"]
-    content_distance: Int[Tensor, "N Q K"]
-    sum_seen: Bool[Tensor, "N G K"]
-    sum_distance: Int[Tensor, "N G K"]
+    keys: Coordinates
+    queries: dict[str, Coordinates]
+
+    def seen(self, kind: str, rules: Rules) -> Bool[Tensor, "N Q K"]:
+        """Say which keys of its band each query may see."""
+        return visible(self.queries[kind], self.keys, rules)
+
+    def distance(self, kind: str) -> Int[Tensor, "N Q K"]:
+        """Return d in interactions, where the query sees the key."""
+        return distance(self.queries[kind], self.keys)
 
 
 def lay_bands(batch: PackedBatch, rules: Rules) -> Bands:
@@ -66,18 +71,17 @@ def lay_bands(batch: PackedBatch, rules: Rules) -> Bands:
     blocks = -(-batch.prompt.shape[1] // BLOCK)
     back = min(_blocks_back(content, rules), blocks - 1)
     slots, home = _slots(batch, blocks)
-
-    def in_blocks(x: Tensor) -> Tensor:
-        return to_blocks(x[:, None, :, None], blocks)[:, 0]
-
-    keys = content.map(lambda x: to_bands(x[:, None, :, None], blocks, back)[:, 0, :, 0].unsqueeze(1))
-    queries = content.map(in_blocks)
-    asking = sums.map(lambda x: x.gather(1, slots).view(len(x) * blocks, -1, 1))
     return Bands(
-        blocks, back, slots, home,
-        visible(queries, keys, rules), distance(queries, keys),
-        visible(asking, keys, rules), distance(asking, keys),
-    )  # fmt: skip
+        blocks,
+        back,
+        slots,
+        home,
+        keys=content.map(lambda x: to_bands(x[:, None, :, None], blocks, back)[:, 0, :, 0].unsqueeze(1)),
+        queries={
+            "content": content.map(lambda x: to_blocks(x[:, None, :, None], blocks)[:, 0]),
+            "sum": sums.map(lambda x: x.gather(1, slots).view(len(x) * blocks, -1, 1)),
+        },
+    )
 
 
 def to_blocks(x: Shaped[Tensor, "B H C D"], blocks: int) -> Shaped[Tensor, "N H Q D"]:
@@ -89,10 +93,30 @@ def to_blocks(x: Shaped[Tensor, "B H C D"], blocks: int) -> Shaped[Tensor, "N H 
 
 def to_bands(x: Shaped[Tensor, "B H C D"], blocks: int, back: int) -> Shaped[Tensor, "N H K D"]:
     """Give each block of queries its band of keys: `back` blocks and its own."""
-    rows, heads, size, width = x.shape
-    padded = pad(x, (0, 0, back * BLOCK, blocks * BLOCK - size))
-    cut = padded.view(rows, heads, back + blocks, BLOCK, width).transpose(1, 2)
-    return torch.cat([cut[:, i : i + blocks] for i in range(back + 1)], dim=3).flatten(0, 1)
+    padded = pad(x, (0, 0, back * BLOCK, blocks * BLOCK - x.shape[2]))
+    return _Overlap.apply(padded, blocks, back)
+
+
+class _Overlap(torch.autograd.Function):
+    """Copy each key block into the bands that hold it; the gradient adds them up in one buffer.
+
+    Autograd's own slices would each fill and add a buffer of full size.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, padded: Tensor, blocks: int, back: int) -> Tensor:
+        ctx.blocks, ctx.back, ctx.shape = blocks, back, padded.shape
+        cut = padded.unflatten(2, (back + blocks, BLOCK)).transpose(1, 2)
+        return torch.cat([cut[:, i : i + blocks] for i in range(back + 1)], dim=3).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, heads, _, width = ctx.shape
+        parts = gradient.unflatten(0, (rows, ctx.blocks)).unflatten(3, (ctx.back + 1, BLOCK))
+        total = gradient.new_zeros(rows, ctx.back + ctx.blocks, heads, BLOCK, width)
+        for i in range(ctx.back + 1):
+            total[:, i : i + ctx.blocks] += parts[:, :, :, i]
+        return total.transpose(1, 2).reshape(ctx.shape), None, None
 
 
 def to_rows(x: Shaped[Tensor, "N H Q D"], rows: int, size: int) -> Shaped[Tensor, "B H C D"]:

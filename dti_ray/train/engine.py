@@ -187,6 +187,8 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        for script in folder.glob("*.py"):  # DeepSpeed's converters, the same in every checkpoint
+            script.unlink()
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""

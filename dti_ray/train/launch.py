@@ -31,7 +31,7 @@ from dti_ray.config import RunConfig, config_hash, differences, from_yaml, to_ya
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
-from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, token_table
+from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, stored_tokenizer, token_table
 from dti_ray.errors import DtiRayError, Fault, InputError, RunError
 from dti_ray.model.backbone import build_model, load_tokenizer
 from dti_ray.storage import Storage
