@@ -29,9 +29,9 @@ from dti_ray.errors import Fault, InputError
 from dti_ray.metrics import Predictions, log_loss
 
 BASELINES = {
-    "item_mean": ("item",),
-    "item_user_mean": ("item", "user"),
-    "item_recent_mean": ("item", "recent"),
+    "item mean": ("item",),
+    "item + user mean": ("item", "user"),
+    "item mean + last 10 feedbacks": ("item", "recent"),
 }
 """Name of a baseline, and the means that it adds up."""
 RECENT_INTERACTIONS = 10

@@ -78,9 +78,9 @@ def test_every_baseline_by_hand(shrinkage_two: float) -> None:
     got = {name: logit(float(one.probability[0])) for name, one in predictions.items()}
     assert got == pytest.approx(
         {
-            "item_mean": logit(item),
-            "item_user_mean": logit(item) + logit(user),
-            "item_recent_mean": logit(item) + logit(recent),
+            "item mean": logit(item),
+            "item + user mean": logit(item) + logit(user),
+            "item mean + last 10 feedbacks": logit(item) + logit(recent),
         }
     )
 
@@ -107,7 +107,7 @@ def test_recent_mean_holds_ten_feedbacks_of_the_same_user(shrinkage_two: float) 
     predictions = predict_baselines(given_users, TEST)
     rate = (12 + 1) / (51 + 2)
     expected = (1 + 2 * rate) / (10 + 2)
-    assert predictions["item_recent_mean"].probability == pytest.approx([expected])
+    assert predictions["item mean + last 10 feedbacks"].probability == pytest.approx([expected])
 
 
 def test_rows_in_are_rows_scored_in_the_order_of_the_sequences() -> None:
@@ -153,8 +153,8 @@ def test_later_labels_never_change_an_earlier_prediction(seed: int, split: int) 
 
 
 def test_earlier_feedback_does_change_a_prediction(shrinkage_two: float) -> None:
-    one = predict_baselines(sequences("a1t a0t b1v a1e a1e"), TEST)["item_recent_mean"].probability
-    other = predict_baselines(sequences("a1t a0t b1v a0e a1e"), TEST)["item_recent_mean"].probability
+    one = predict_baselines(sequences("a1t a0t b1v a1e a1e"), TEST)["item mean + last 10 feedbacks"].probability
+    other = predict_baselines(sequences("a1t a0t b1v a0e a1e"), TEST)["item mean + last 10 feedbacks"].probability
     assert one[0] == other[0]
     assert one[1] > other[1]
 
@@ -172,7 +172,7 @@ def test_shrinkages_are_the_best_of_the_grid_on_validation(caplog: pytest.LogCap
         for recent in baselines.SHRINKAGES
     }
     item, recent = min(losses, key=losses.__getitem__)
-    assert f"item_recent_mean: shrinkage {{'item': {item}, 'recent': {recent}}}" in caplog.text
+    assert f"item mean + last 10 feedbacks: shrinkage {{'item': {item}, 'recent': {recent}}}" in caplog.text
 
 
 @pytest.mark.parametrize("split", [VALID, TEST])
@@ -201,7 +201,7 @@ def test_train_rows_that_tune_are_not_in_the_means_that_they_tune(caplog: pytest
     filler = "z1t z0t z1t z0t z1t z0t "
     with caplog.at_level(logging.INFO):
         predict_baselines(sequences(filler + "a1t a0t a1v", filler + "b0t b1t b1v"), VALID)
-    assert f"item_mean: shrinkage {{'item': {max(baselines.SHRINKAGES)}}}" in caplog.text
+    assert f"item mean: shrinkage {{'item': {max(baselines.SHRINKAGES)}}}" in caplog.text
 
 
 def test_without_tuning_targets_the_fixed_shrinkage_is_used_and_said(
@@ -210,7 +210,7 @@ def test_without_tuning_targets_the_fixed_shrinkage_is_used_and_said(
     predictions = predict_baselines(sequences("a1t a1t a1e"), TEST)
     rate = (2 + 1) / (2 + 2)
     expected = (2 + 5 * rate) / (2 + 5)
-    assert predictions["item_mean"].probability == pytest.approx([expected])
+    assert predictions["item mean"].probability == pytest.approx([expected])
     assert "no targets to choose shrinkages on" in caplog.text
 
 
