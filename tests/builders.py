@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import parquet as pq
 
 from dti_ray.config import RunConfig, load_config
-from dti_ray.data.interactions import TRAIN, UserSequences
+from dti_ray.data.interactions import (
+    ITEMS_FILE,
+    SEQUENCES,
+    TRAIN,
+    Dataset,
+    UserSequences,
+    dataset_folder,
+    open_dataset,
+    write_shard,
+)
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
 from dti_ray.data.prompts import TokenTable
 from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import collate
+from dti_ray.storage import Storage
 
 VOCABULARY = 60
 ITEMS = 30
@@ -83,3 +97,27 @@ def score_packed(
 def largest_difference(a: dict[tuple[int, int], float], b: dict[tuple[int, int], float]) -> float:
     assert a.keys() == b.keys()
     return max(abs(a[key] - b[key]) for key in a)
+
+
+def write_dataset(root: Path, lengths: Sequence[int], segment_interactions: int = 40) -> Dataset:
+    """Write a prepared data set of random users, each split 80/10/10 in time, and open it."""
+    storage, folder = Storage(str(root)), dataset_folder("tiny")
+    sequences = make_sequences(lengths)
+    splits = np.concatenate([np.digitize(np.arange(n) / n, [0.8, 0.9]) for n in lengths])
+    offsets = pa.array(sequences.offsets, pa.int32())
+    flat = (sequences.items, sequences.labels, sequences.times, splits.astype(np.int8))
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in flat]
+    table = pa.table([pa.array(sequences.user_ids.tolist()), *lists], schema=SEQUENCES)
+    entry, segments = write_shard(storage, folder, "interactions/part-00000.parquet", table, segment_interactions)
+    items = pa.table({"item_id": [f"{i:02d}" for i in range(ITEMS)], "title": [f"film {i}" for i in range(ITEMS)]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(items, sink)
+    catalogue = storage.write(f"{folder}/{ITEMS_FILE}", sink.getvalue().to_pybytes())
+    counts = np.bincount(splits, minlength=3).tolist()
+    dataset = Dataset(
+        storage, "tiny", len(lengths), sum(lengths), ITEMS, float(sequences.labels.mean()),
+        (counts[0], counts[1], counts[2]), {}, tuple(segments), {},
+    )  # fmt: skip
+    files = [entry, replace(catalogue, path=ITEMS_FILE)]
+    storage.write_manifest(folder, files, dataset.manifest())
+    return open_dataset(storage, "tiny")

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dti_ray.config import RunConfig
+from dti_ray.data.interactions import open_dataset
+from dti_ray.data.pipeline import TrainingRows
+from dti_ray.errors import StorageError
+from dti_ray.model.backbone import build_model
+from dti_ray.storage import Storage
+from dti_ray.telemetry import Line, read_lines
+from dti_ray.train import checkpoint
+from dti_ray.train.checkpoint import Progress
+from dti_ray.train.engine import TorchEngine
+from dti_ray.train.loop import Trainer, learning_rate
+from dti_ray.train.world import World
+from tests.builders import make_config, make_table, write_dataset
+
+CPU = torch.device("cpu")
+LENGTHS = [30, 12, 25, 40, 18, 33, 21, 27]
+
+
+class StoppedError(Exception):
+    """Stands for a power cut."""
+
+
+def tiny_run(root: Path, *overrides: str) -> RunConfig:
+    return make_config(
+        f"storage.root={root}", "data.name=tiny", "train.engine=torch", "cluster.workers=1", "packing.k=4",
+        "packing.n=3", "packing.streams=2", "optim.targets_per_step=16", "optim.epochs=2", "train.log_targets=16",
+        "eval.every_targets=64", "model.layers=2", *overrides,
+    )  # fmt: skip
+
+
+def train(config: RunConfig, stop_after_step: int | None = None) -> tuple[Progress, TorchEngine]:
+    """Run one rank in this process, as `launch` would; raise StoppedError after a step."""
+    storage = Storage(config.storage.root)
+    dataset = open_dataset(storage, config.data.name)
+    rows = TrainingRows(dataset, make_table(), config, through_ray=False)
+
+    def report(_kind: str, line: Line, _progress: Progress) -> None:
+        if stop_after_step is not None and (line["step"] or 0) >= stop_after_step:
+            raise StoppedError
+
+    engine = TorchEngine(build_model(config, make_table()), config, CPU)
+    return Trainer(config, storage, rows, engine, World(CPU), report).run(), engine
+
+
+def test_run_trains_every_target_once_an_epoch_and_reports_each_step(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, LENGTHS)
+    config = tiny_run(tmp_path)
+    progress, _ = train(config)
+    assert progress.targets == 2 * dataset.targets[0]
+    assert progress.step == 2 * round(dataset.targets[0] / 16)
+    lines = read_lines(dataset.storage, "runs/run", "train")
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    assert lines[-1]["targets"] == progress.targets
+    assert all(line["loss"] > 0 and 0 <= line["padding"] < 1 for line in lines)
+    assert read_lines(dataset.storage, "runs/run", "valid")[-1]["auc"] == progress.valid_auc
+
+
+@pytest.mark.parametrize("stop_after", [5, 9, 16])
+def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_weights(
+    tmp_path: Path, stop_after: int
+) -> None:
+    for name in ("whole", "stopped"):
+        write_dataset(tmp_path / name, LENGTHS)
+    overrides = ("model.dropout=0.1",)
+    _, whole = train(tiny_run(tmp_path / "whole", *overrides))
+    stopped_config = tiny_run(tmp_path / "stopped", *overrides)
+    with pytest.raises(StoppedError):
+        train(stopped_config, stop_after_step=stop_after)
+    _, resumed = train(stopped_config)
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+    expected, found = (
+        [(line["step"], line["loss"]) for line in read_lines(Storage(str(tmp_path / name)), "runs/run", "train")]
+        for name in ("whole", "stopped")
+    )
+    assert found == expected
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another_one(tmp_path: Path) -> None:
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_dataset(tmp_path / name, LENGTHS)
+        train(tiny_run(tmp_path / name, f"train.seed={seed}"))
+        losses.append([line["loss"] for line in read_lines(Storage(str(tmp_path / name)), "runs/run", "train")])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_every_k_takes_the_same_number_of_steps(tmp_path: Path) -> None:
+    steps = set()
+    for k in ("1", "3", "20", "all"):
+        write_dataset(tmp_path / k, LENGTHS)
+        progress, _ = train(tiny_run(tmp_path / k, f"packing.k={k}"))
+        steps.add((progress.step, progress.targets))
+    assert len(steps) == 1
+
+
+def test_only_the_best_and_the_last_checkpoint_are_kept(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, LENGTHS)
+    progress, _ = train(tiny_run(tmp_path))
+    kept = checkpoint.list_checkpoints(dataset.storage, "runs/run")
+    assert len(kept) <= 2
+    assert kept[-1].progress == progress
+    aucs = [line["auc"] for line in read_lines(dataset.storage, "runs/run", "valid")]
+    assert checkpoint.best(kept).progress.valid_auc == max(aucs)
+
+
+def test_a_checkpoint_without_manifest_is_ignored_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, LENGTHS)
+    config = tiny_run(tmp_path)
+    train(config)
+    storage = dataset.storage
+    storage.write("runs/run/checkpoints/step-99999999/weights.safetensors", b"half of it")
+    newest = checkpoint.list_checkpoints(storage, "runs/run")[-1]
+    assert newest.progress.step < 99999999
+    storage.write(f"{newest.path}/weights.safetensors", b"another file")
+    with pytest.raises(StorageError, match=r"weights\.safetensors: has hash"):
+        checkpoint.read_weights(storage, newest)
+
+
+def test_learning_rate_rises_then_falls_to_its_final_share() -> None:
+    optim = make_config("optim.warmup=0.1", "optim.final_lr=0.05", "optim.lr=1.0").optim
+    assert learning_rate(0.05, optim) == pytest.approx(0.5)
+    assert learning_rate(0.1, optim) == pytest.approx(1.0)
+    assert learning_rate(0.55, optim) == pytest.approx(0.525)
+    assert learning_rate(1.0, optim) == pytest.approx(0.05)
