@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _load(files: list[Path], overrides: list[str], root: str | None) -> RunConfig:
-    given = [] if root is None else [f"storage.root={json.dumps(root)}"]
+    given = [] if root is None else [f"storage.root={json.dumps(root, ensure_ascii=False)}"]
     return load_config(files, [*overrides, *given])
 
 
@@ -166,7 +166,7 @@ def _stored_config(arguments: list[str], files: list[Path], root: str | None) ->
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise ConfigError(Fault("RUN", f"got {len(names)} names: {names}", "one"))
-    asked = _load(files, [*overrides, *(f"train.run={json.dumps(name)}" for name in names)], root)
+    asked = _load(files, [*overrides, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
     stored = load_run(Storage(asked.storage.root), asked.train.run)
     fixed = [o for o in overrides if o.partition(".")[0] not in OF_AN_EVALUATION and not o.startswith("train.run=")]
     if fixed:
@@ -174,7 +174,7 @@ def _stored_config(arguments: list[str], files: list[Path], root: str | None) ->
             *(Fault(o.partition("=")[0], "is fixed by the run", f"{'.*, '.join(OF_AN_EVALUATION)}.*") for o in fixed)
         )
     own = [o for o in overrides if o.partition(".")[0] in OF_AN_EVALUATION]
-    return load_config([], [*own, f"storage.root={json.dumps(asked.storage.root)}"], base=stored)
+    return load_config([], [*own, f"storage.root={json.dumps(asked.storage.root, ensure_ascii=False)}"], base=stored)
 
 
 def _train(config: RunConfig) -> dict[str, object]:
@@ -226,9 +226,18 @@ def _evaluate(config: RunConfig, split: str) -> dict[str, object]:
 
 
 def _report(config: RunConfig) -> str:
+    from dti_ray.data.interactions import open_dataset, read_segment
     from dti_ray.report import write_report
+    from dti_ray.report.example import example_mask
+    from dti_ray.train.launch import tokenizer_and_table
 
-    path = write_report(Storage(config.storage.root), config.train.run, None)
+    storage = Storage(config.storage.root)
+    dataset = open_dataset(storage, config.data.name)
+    tokenizer, table = tokenizer_and_table(config, storage, dataset)
+    words = tokenizer.convert_ids_to_tokens(list(range(table.vocabulary)))
+    assert isinstance(words, list)  # one word per id of the list
+    mask = example_mask(config, read_segment(dataset, dataset.segments[0]), table, words)
+    path = write_report(storage, config.train.run, mask)
     console.print(f"report: {path}")
     return path
 
@@ -243,3 +252,7 @@ def _demo_file() -> Path:
 def _end(as_json: bool, result: dict[str, object]) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,11 @@ if TYPE_CHECKING:  # a wrong option must not wait for torch
     from dti_ray.metrics import Estimate, Metrics
     from dti_ray.telemetry import Line
 
+PIPE_WIDTH = 130  # columns where no terminal says how wide it is
+
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    console.width = PIPE_WIDTH
 METRICS = {
     "auc": "AUC",
     "log_loss": "log loss",
@@ -55,7 +59,7 @@ class Bar:
 
     def update(self, done: int, total: int | None = None) -> None:
         """Show how many units are done."""
-        self.progress.update(self.task, completed=done, **({} if total is None else {"total": total}))
+        self.progress.update(self.task, completed=done, total=total)  # rich keeps the total where it is None
 
 
 class TrainingView:

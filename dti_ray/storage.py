@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pyarrow import fs
@@ -130,12 +131,21 @@ class Storage:
         tree = {**body, "files": [vars(entry) for entry in files]}
         self.write(f"{path}/{MANIFEST}", json.dumps(tree, indent=1).encode())
 
-    def read_manifest(self, path: str) -> tuple[list[FileEntry], dict[str, object]] | None:
-        """Return (files, body) of a complete folder, or None where there is no manifest."""
+    def read_manifest(self, path: str) -> tuple[list[FileEntry], dict[str, Any]] | None:
+        """Return (files, body) of a complete folder, or None where there is no manifest.
+
+        Raises:
+            StorageError: the manifest is damaged.
+        """
         if not self.exists(f"{path}/{MANIFEST}"):
             return None
-        body = json.loads(self.read(f"{path}/{MANIFEST}"))
-        return [FileEntry(**entry) for entry in body.pop("files")], body
+        try:
+            body = json.loads(self.read(f"{path}/{MANIFEST}"))
+            return [FileEntry(**entry) for entry in body.pop("files")], body
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(
+                Fault(self.display(path, MANIFEST), f"is damaged: {error}", hint="delete the folder and make it again")
+            ) from error
 
     def verify(self, path: str, files: Iterable[FileEntry]) -> None:
         """Hold every file against its size and hash.
@@ -161,6 +171,10 @@ class Storage:
 
 def _open(root: str) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(root)
+    if parts.scheme in ("s3", "gs") and not parts.netloc:
+        raise StorageError(Fault("storage.root", f"got {root!r}", f"{parts.scheme}://bucket/prefix"))
+    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
+        raise StorageError(Fault("storage.root", f"got {root!r}", "file:///absolute/path, or a path alone"))
     if parts.scheme == "s3":
         override = parse_qs(parts.query).get("endpoint_override", [os.environ.get("AWS_ENDPOINT_URL", "")])[0]
         endpoint = urlsplit(override)

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dti_ray.storage import Storage
 
-Line = dict[str, float | int | None]
+Line = dict[str, float]
 
 
 class MetricSink:
@@ -34,7 +34,7 @@ class MetricSink:
         self.lines: dict[str, list[Line]] = {}
         for kind in ("train", "valid"):
             earlier = read_lines(storage, run_folder, kind)
-            self.lines[kind] = [line for line in earlier if (line["step"] or 0) <= start_step]
+            self.lines[kind] = [line for line in earlier if line["step"] <= start_step]
         self.events = Path(tempfile.mkdtemp(prefix="dti-ray-tensorboard-"))
         self.writer = SummaryWriter(str(self.events), purge_step=start_step + 1 if start_step else None)
 
@@ -42,7 +42,7 @@ class MetricSink:
         """Remember one line; TensorBoard counts in targets, which compare across batch sizes."""
         self.lines[kind].append(line)
         for name, value in line.items():
-            if value is not None and name not in ("step", "targets"):
+            if name not in ("step", "targets"):
                 self.writer.add_scalar(f"{kind}/{name}", value, line["targets"])
 
     def flush(self) -> None:

@@ -90,7 +90,7 @@ class PackedRow:
 class _Prompts:
     """A table of prompts, one entry each; all numbers index the flat interactions of the sequences.
 
-    The context is [start, first), the targets are [first, end).
+    The context is [start, first), the targets are [first, end). What no target may see is left out of the context.
     """
 
     user: np.ndarray
@@ -184,8 +184,13 @@ class _Histories:
 
     def sizes(self, prompts: _Prompts) -> np.ndarray:
         """Tokens of each prompt, [SUM]s included; the last feedback is left out."""
-        content = self.before[prompts.end] - self.before[prompts.start] - 1
-        return content + prompts.end - prompts.first
+        context = self.before[self.context_end(prompts)] - self.before[prompts.start]
+        targets = self.before[prompts.end] - self.before[prompts.first]
+        return context + targets - 1 + prompts.end - prompts.first
+
+    def context_end(self, prompts: _Prompts) -> np.ndarray:
+        """Where each prompt's context ends: what shares the second of all its targets has no reader."""
+        return np.clip(self.cut[prompts.end - 1], prompts.start, prompts.first)
 
 
 def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec) -> _Prompts:
@@ -221,11 +226,9 @@ def _split(
 
 
 def _cut_oversized(prompts: _Prompts, histories: _Histories, spec: PackSpec, prefix: int) -> _Prompts:
-    """With k = all, halve what does not fit a row until everything does."""
-    while spec.k is None:
-        too_big = histories.sizes(prompts) > spec.row_tokens - prefix
-        if not too_big.any():
-            break
+    """Halve what does not fit a row until everything does: k = all, or a first target late in a busy second."""
+    capacity = spec.row_tokens - prefix
+    while (too_big := (histories.sizes(prompts) > capacity) & (prompts.end - prompts.first > 1)).any():
         user_start = histories.user_start[prompts.first]
         prompts = _split(prompts, np.where(too_big, 2, 1), None, user_start, histories.cut, spec.n)
     return prompts
@@ -251,9 +254,11 @@ def _rows(prompts: _Prompts, sizes: np.ndarray, capacity: int, rows: int | None)
 
 def _assemble(prompts: _Prompts, histories: _Histories, sequences: UserSequences, table: TokenTable) -> PackedRow:
     """Gather the tokens of some prompts."""
-    spans = prompts.end - prompts.start
+    starts = np.stack([prompts.start, prompts.first], axis=1)
+    ends = np.stack([histories.context_end(prompts), prompts.end], axis=1)
+    spans = (ends - starts).sum(axis=1)
     prompt = np.repeat(np.arange(len(spans)), spans)
-    interaction = _ranges(prompts.start, spans)
+    interaction = _ranges(starts.ravel(), (ends - starts).ravel())
     last = np.zeros(len(interaction), dtype=bool)
     last[np.cumsum(spans) - 1] = True
     item = sequences.items[interaction]

@@ -12,15 +12,17 @@ and with back-pressure, in the very order in which `local_rows` packs them one b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 
 from dti_ray.config import RunConfig
-from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
+from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_all, read_segment
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
 from dti_ray.data.plan import EpochPlan, PackTask, plan_epoch
 from dti_ray.data.prompts import TokenTable
@@ -28,6 +30,7 @@ from dti_ray.data.prompts import TokenTable
 ROW_SCHEMA = pa.schema(
     [
         ("stream", pa.int32()),
+        ("share", pa.int32()),
         *((name, pa.list_(pa.int32())) for name in ("tokens", "positions", "prompt", "interaction", "cut", "after")),
         ("labels", pa.list_(pa.int8())),
         ("users", pa.list_(pa.int64())),
@@ -39,7 +42,7 @@ EMPTY_ROW = PackedRow(
 )
 ARRAYS = ("tokens", "positions", "prompt", "interaction", "cut", "after", "labels", "users")
 StepRows = list[PackedRow]
-Pack = Callable[[PackTask], Iterable[PackedRow]]
+Packed = tuple[int, int, PackedRow]  # stream, share: the number of the planned row that this row fills, row
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,15 @@ class TrainingRows:
     config: RunConfig
     through_ray: bool
 
-    @property
+    @cached_property
     def targets_per_epoch(self) -> int:
-        """Training targets of one pass."""
-        return self.dataset.targets[TRAIN]
+        """Training targets of one pass; users' first `min_context` interactions are none."""
+        if self.config.packing.min_context == 0:
+            return self.dataset.targets[TRAIN]
+        sequences = read_all(self.dataset)
+        user = np.repeat(np.arange(len(sequences.user_ids)), np.diff(sequences.offsets))
+        per_user = np.bincount(user[sequences.splits == TRAIN], minlength=len(sequences.user_ids))
+        return int(np.maximum(per_user - self.config.packing.min_context, 0).sum())
 
     @property
     def total_targets(self) -> int:
@@ -108,7 +116,7 @@ class TrainingRows:
         tasks.sort(key=lambda task: (task.first_row, task.stream))
         packer = Packer(self.dataset, pack_spec(self.config.packing, self.config.prompt.context, TRAIN))
         packed = ray_rows(tasks, packer, self.table) if self.through_ray else local_rows(tasks, packer, self.table)
-        return _in_steps(packed, mine, tasks, skip, self.rows_per_step)
+        return _in_steps(packed, mine, skip, self.rows_per_step)
 
 
 @dataclass(frozen=True)
@@ -118,24 +126,29 @@ class Packer:
     dataset: Dataset
     spec: PackSpec
 
-    def __call__(self, task: PackTask, table: TokenTable) -> list[PackedRow]:
-        """Return the task's rows, in order; rows without targets make up for prompts that fill several shares."""
+    def __call__(self, task: PackTask, table: TokenTable) -> list[Packed]:
+        """Return the task's rows, in order.
+
+        Prompts may fill more rows than the plan counted on, or fewer; they are spread evenly over the planned
+        ones, each of which is at least one row, without targets if need be. So a plan holds whatever is packed.
+        """
         parts = [read_segment(self.dataset, self.dataset.segments[i]) for i in task.segments]
         spec = self.spec.sliding() if task.sliding else self.spec
         rng = np.random.default_rng(task.seed)
         rows = list(pack(concatenate(parts), table, spec, task.rows, rng))
-        return rows + [EMPTY_ROW] * (task.rows - len(rows))
+        ends = [share * len(rows) // task.rows for share in range(task.rows + 1)]
+        shares = (rows[begin:end] or [EMPTY_ROW] for begin, end in pairwise(ends))
+        return [(task.stream, task.first_row + i, row) for i, share in enumerate(shares) for row in share]
 
 
-def local_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[tuple[int, PackedRow]]:
-    """Pack the tasks one after the other in this process; yield (stream, row)."""
+def local_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[Packed]:
+    """Pack the tasks one after the other in this process."""
     for task in tasks:
-        for row in packer(task, table):
-            yield task.stream, row
+        yield from packer(task, table)
 
 
-def ray_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[tuple[int, PackedRow]]:
-    """Pack the tasks as a Ray Data pipeline, ahead of the reader; yield (stream, row) in the tasks' order."""
+def ray_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[Packed]:
+    """Pack the tasks as a Ray Data pipeline, ahead of the reader; yield rows in the tasks' order."""
     import ray.data  # here, so that the core runs where Ray is not installed
 
     if not tasks:
@@ -148,7 +161,7 @@ def ray_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> It
     def pack_block(block: pa.Table) -> pa.Table:
         chosen = [tasks[i] for i in block["task"].to_pylist()]
         known = ray.get(shared)
-        return to_table([(task.stream, row) for task in chosen for row in packer(task, known)])
+        return to_table([row for task in chosen for row in packer(task, known)])
 
     numbers = ray.data.from_arrow([pa.table({"task": [i]}) for i in range(len(tasks))])
     packed = numbers.map_batches(pack_block, batch_format="pyarrow", batch_size=None)
@@ -156,25 +169,28 @@ def ray_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> It
         yield from from_table(block)
 
 
-def to_table(rows: Sequence[tuple[int, PackedRow]]) -> pa.Table:
+def to_table(packed: Sequence[Packed]) -> pa.Table:
     """Return rows as Arrow, one list a column; the inverse of `from_table`."""
+    streams, shares, rows = zip(*packed, strict=True)
     columns: dict[str, pa.Array] = {
-        "stream": pa.array([stream for stream, _ in rows], pa.int32()),
-        "prefix_tokens": pa.array([row.prefix_tokens for _, row in rows], pa.int32()),
+        "stream": pa.array(streams, pa.int32()),
+        "share": pa.array(shares, pa.int32()),
+        "prefix_tokens": pa.array([row.prefix_tokens for row in rows], pa.int32()),
     }
     for name in ARRAYS:
-        parts = [getattr(row, name) for _, row in rows]
+        parts = [getattr(row, name) for row in rows]
         offsets = pa.array(np.concatenate([[0], np.cumsum([len(part) for part in parts])]), pa.int32())
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))
     return pa.table(columns).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
 
 
-def from_table(table: pa.Table) -> Iterator[tuple[int, PackedRow]]:
-    """Yield (stream, row) of a table that `to_table` made."""
+def from_table(table: pa.Table) -> Iterator[Packed]:
+    """Yield the rows of a table that `to_table` made."""
     for row in range(table.num_rows):
         arrays = {name: table[name][row].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
         yield (
             table["stream"][row].as_py(),
+            table["share"][row].as_py(),
             PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py()),
         )
 
@@ -192,28 +208,17 @@ def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
     return UserSequences(offsets=np.concatenate([*offsets, starts[-1:]]), **flat)
 
 
-def _in_steps(
-    packed: Iterable[tuple[int, PackedRow]],
-    streams: Iterable[int],
-    tasks: Sequence[PackTask],
-    skip: int,
-    size: int,
-) -> Iterator[StepRows]:
-    """Deal packed rows to their streams and take `size` rows of each stream a step, until all have ended."""
-    waiting: dict[int, deque[PackedRow]] = {stream: deque() for stream in streams}
-    unwanted = dict.fromkeys(waiting, 0)
-    for stream in waiting:
-        first = next((task.first_row for task in tasks if task.stream == stream), skip)
-        unwanted[stream] = max(0, skip - first)
-    for stream, row in packed:
-        if unwanted[stream]:
-            unwanted[stream] -= 1
+def _in_steps(packed: Iterable[Packed], streams: Iterable[int], skip: int, size: int) -> Iterator[StepRows]:
+    """Deal shares to their streams and take `size` of each stream a step, from share `skip`, until all have ended."""
+    waiting: dict[int, deque[StepRows]] = {stream: deque() for stream in streams}
+    for (stream, share), rows in groupby(packed, key=itemgetter(0, 1)):
+        if share < skip:
             continue
-        waiting[stream].append(row)
-        while all(len(rows) >= size for rows in waiting.values()):
-            yield [rows.popleft() for rows in waiting.values() for _ in range(size)]
+        waiting[stream].append([row for _, _, row in rows])
+        while all(len(shares) >= size for shares in waiting.values()):
+            yield [row for shares in waiting.values() for _ in range(size) for row in shares.popleft()]
     while any(waiting.values()):
-        yield [rows.popleft() for rows in waiting.values() for _ in range(min(size, len(rows)))]
+        yield [row for shares in waiting.values() for _ in range(min(size, len(shares))) for row in shares.popleft()]
 
 
 def _tokens_per_target(k: int | None, spec: PackSpec, table: TokenTable) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -120,18 +120,19 @@ def _deal(order: np.ndarray, targets: np.ndarray, streams: int) -> list[list[int
 def _plan_stream(
     stream: int, segments: list[int], targets: np.ndarray, rows: int, tail_from: float, seed: int
 ) -> tuple[PackTask, ...]:
-    """Give each segment its share of the stream's rows; segments too small for a row join the next one."""
+    """Give each segment its share of the stream's rows; segments too small for a row join the next one, or the last."""
     ends = np.cumsum(targets[segments]) if segments else np.zeros(0, dtype=np.int64)
     tasks: list[PackTask] = []
     waiting: list[int] = []
     first_row = 0
     for segment, end in zip(segments, ends, strict=True):
         waiting.append(segment)
-        row_end = rows if end == ends[-1] else round(rows * int(end) / int(ends[-1]))
+        row_end = round(rows * int(end) / int(ends[-1]))
         if row_end > first_row:
             sliding = first_row >= tail_from * rows
             task_seed = derive_seed(seed, len(tasks))
             tasks.append(PackTask(stream, first_row, row_end - first_row, tuple(waiting), task_seed, sliding))
             waiting, first_row = [], row_end
-    assert not waiting, "the last segment of a stream ends at its last row"
+    if waiting:
+        tasks[-1] = replace(tasks[-1], segments=(*tasks[-1].segments, *waiting))
     return tuple(tasks)

@@ -59,20 +59,33 @@ def item_texts(items: pa.Table, template: str) -> list[str]:
     """Render one text per item.
 
     Raises:
-        ConfigError: the template names a column that the catalogue does not have.
+        ConfigError: the template is malformed, or names a column that the catalogue does not have.
     """
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    for name in names:
-        if name not in items.column_names:
-            raise ConfigError(Fault("prompt.item_template", f"names column {{{name}}}", f"one of {items.column_names}"))
-    columns = {name: items.column(name).to_pylist() for name in set(names)}
-    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    return [template.format(**row) for row in rows] if columns else [template] * items.num_rows
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        for name in names:
+            if name not in items.column_names:
+                expected = f"one of {items.column_names}"
+                raise ConfigError(Fault("prompt.item_template", f"names column {{{name}}}", expected))
+        columns = {name: items.column(name).to_pylist() for name in set(names)}
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [template.format(**row) for row in rows] if columns else [template.format()] * items.num_rows
+    except (ValueError, KeyError) as error:
+        expected = "text with {column}; {{ and }} are braces"
+        raise ConfigError(Fault("prompt.item_template", f"{template!r} is malformed: {error}", expected)) from None
 
 
 def catalogue_tokenizer(texts: list[str], config: PromptConfig) -> PreTrainedTokenizerFast:
-    """Build a word-level tokenizer whose vocabulary is the catalogue's words, in order of appearance."""
-    split = pre_tokenizers.Split(Regex(config.word_break), behavior="removed")
+    """Build a word-level tokenizer whose vocabulary is the catalogue's words, in order of appearance.
+
+    Raises:
+        ConfigError: `prompt.word_break` is no regular expression.
+    """
+    try:
+        split = pre_tokenizers.Split(Regex(config.word_break), behavior="removed")
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        where, expected = "prompt.word_break", "a regular expression of Oniguruma"
+        raise ConfigError(Fault(where, f"got {config.word_break!r}: {error}", expected)) from None
     words = (word for text in [config.prefix, *texts] for word, _ in split.pre_tokenize_str(text))
     special = [PAD, UNKNOWN, config.no_token, config.yes_token]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
@@ -121,6 +134,8 @@ def token_table(texts: list[str], tokenizer: PreTrainedTokenizerBase, config: Pr
                 "mend the catalogue or prompt.item_template",
             )
         )
+    end = tokenizer.eos_token_id
+    assert end is None or isinstance(end, int)
     cut = [ids[: config.max_item_tokens] for ids in encoded]
     lengths = np.array([len(ids) for ids in cut], dtype=np.int64)
     return TokenTable(
@@ -128,7 +143,7 @@ def token_table(texts: list[str], tokenizer: PreTrainedTokenizerBase, config: Pr
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         prefix=np.array(_encode(tokenizer, config.prefix), dtype=np.int32),
         vocabulary=len(tokenizer),
-        marker_ids=(tokenizer.eos_token_id, no, yes),
+        marker_ids=(end, no, yes),
         cut_items=sum(len(ids) > config.max_item_tokens for ids in encoded),
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import SPLITS, UserSequences, open_dataset, read_all
-from dti_ray.data.packing import PackedRow, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import Fault, IncompleteError
@@ -75,6 +75,12 @@ class Evaluation:
     protocol: str = PROTOCOL
 
 
+def sliding_spec(config: RunConfig, split: str) -> PackSpec:
+    """Return the layout of stand-alone prompts with the context of inference."""
+    changes = {"k": 1, "n": config.eval_n, "row_tokens": config.eval.row_tokens}
+    return pack_spec(config.packing, config.prompt.context, SPLITS.index(split), **changes)
+
+
 def sliding_rows(
     sequences: UserSequences, table: TokenTable, config: RunConfig, split: str, max_targets: int | None = None
 ) -> list[PackedRow]:
@@ -86,11 +92,12 @@ def sliding_rows(
         config: of the run.
         split: train, valid or test.
         max_targets: take a fixed random sample of users with about so many targets at most; None takes all.
+
+    Raises:
+        ConfigError: `eval.row_tokens` is too small for one prompt.
     """
-    spec = pack_spec(
-        config.packing, config.prompt.context, SPLITS.index(split),
-        k=1, n=config.eval_n, row_tokens=config.eval.row_tokens,
-    )  # fmt: skip
+    spec = sliding_spec(config, split)
+    check_capacity(spec, table, where="eval.row_tokens")
     if max_targets is not None:
         sequences = _sample_users(sequences, spec.split, max_targets, config.train.seed)
     return list(pack(sequences, table, spec))

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,15 @@ Backend = Literal["dense", "banded"]
 Copy = tuple[Tensor, Tensor]  # keys and values [B, H, T, D]
 
 log = logging.getLogger(__name__)
+
+
+class SelfAttention(Protocol):
+    """What we use of a decoder layer's attention module."""
+
+    layer_idx: int
+    head_dim: int
+    k_proj: nn.Module
+    v_proj: nn.Module
 
 
 @dataclass
@@ -162,7 +171,7 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def _attention(
-    module: nn.Module,
+    module: SelfAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -192,15 +201,17 @@ def _attention(
     return attend(query, copies, dti, scaling, dropout).transpose(1, 2), None
 
 
-def _project(module: nn.Module, plan: AttentionPlan, states: Float[Tensor, "B I W"]) -> tuple[Tensor, Tensor]:
+def _project(module: SelfAttention, plan: AttentionPlan, states: Float[Tensor, "B I W"]) -> tuple[Tensor, Tensor]:
     """Return keys and values of the first I tokens, by the layer's own norm and projections."""
-    normed = plan.layers[module.layer_idx].input_layernorm(states)
+    norm = plan.layers[module.layer_idx].input_layernorm
+    assert isinstance(norm, nn.Module)
+    normed = norm(states)
     shape = (*normed.shape[:-1], -1, module.head_dim)
     key, value = module.k_proj(normed).view(shape), module.v_proj(normed).view(shape)
-    if hasattr(module, "k_norm"):
-        key = module.k_norm(key)
-    rotary = tuple(part[:, : states.shape[1]] for part in plan.rotary)
-    return _rotate(key.transpose(1, 2), rotary), value.transpose(1, 2)
+    if (k_norm := getattr(module, "k_norm", None)) is not None:
+        key = k_norm(key)
+    cos, sin = (part[:, : states.shape[1]] for part in plan.rotary)
+    return _rotate(key.transpose(1, 2), (cos, sin)), value.transpose(1, 2)
 
 
 def _dense(
@@ -318,15 +329,11 @@ def _read(
     """
     width = query.shape[-1]
     kinds = {part.is_flat for part in keys}
-    value = torch.cat([part.value for part in keys], dim=2)
-    if kinds == {False}:
-        key = torch.cat([part.key for part in keys], dim=2)
-    else:
+    sides, value = [part.key for part in keys], torch.cat([part.value for part in keys], dim=2)
+    if True in kinds:
         assert flat_query is not None
-    if kinds == {True}:
-        query, key = flat_query, torch.cat([part.key for part in keys], dim=2)
-    elif len(kinds) == 2:
-        query = torch.cat([query, flat_query], dim=-1)
+        query = flat_query if len(kinds) == 1 else torch.cat([query, flat_query], dim=-1)
+    if len(kinds) == 2:
         sides = [pad(part.key, (width, 0) if part.is_flat else (0, width)) for part in keys]
-        key, value = torch.cat(sides, dim=2), pad(value, (0, width))  # fused kernels want one width
-    return sdpa(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)[..., :width]
+        value = pad(value, (0, width))  # fused kernels want one width
+    return sdpa(query, torch.cat(sides, dim=2), value, attn_mask=mask, dropout_p=dropout, scale=scaling)[..., :width]

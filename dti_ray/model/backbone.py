@@ -8,6 +8,8 @@ rows of the LM head are ever computed, and both are trained whatever else is fro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -61,11 +63,12 @@ class ClickModel(nn.Module):
         self.debias, self.reset = config.debias, config.reset
         self.dropout = nn.Dropout(config.model.dropout)
         self.backend: Backend = choose_backend(config.model.attention)
-        for layer in decoder.layers:
+        layers = _layers(decoder)
+        for layer in layers:
             layer.register_forward_pre_hook(_remember_rotary, with_kwargs=True)
-        decoder.layers[-1].register_forward_pre_hook(_keep_sums_only, with_kwargs=True)
+        layers[-1].register_forward_pre_hook(_keep_sums_only, with_kwargs=True)
         if config.reset.mode == "uniform":
-            for layer in decoder.layers[:-1]:
+            for layer in layers[:-1]:
                 layer.register_forward_hook(_reset_uniformly, with_kwargs=True)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "B S"]:
@@ -75,7 +78,8 @@ class ClickModel(nn.Module):
     def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
         """Return the states at every [SUM], after the decoder's last norm."""
         embeddings = self.dropout(self.embed(batch.tokens))
-        plan = AttentionPlan(batch, self.rules, self.debias, self.reset, self.backend, self.decoder.layers, embeddings)
+        layers = _layers(self.decoder)
+        plan = AttentionPlan(batch, self.rules, self.debias, self.reset, self.backend, layers, embeddings)
         states = self.decoder(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False, dti=plan)
         return states.last_hidden_state
 
@@ -161,11 +165,12 @@ def _from_pretrained(config: RunConfig, table: TokenTable) -> ClickModel:
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error) from None
     summary, no, yes = table.marker_ids
-    embed = whole.get_input_embeddings()
+    embed, output = whole.get_input_embeddings(), whole.get_output_embeddings()
+    assert output is not None  # what is loaded has an LM head
     with torch.no_grad():
         labels = embed(torch.tensor([no, yes]))
         summaries = labels.mean(0, keepdim=True) if summary is None else embed(torch.tensor([summary]))
-        label_rows = whole.get_output_embeddings().weight[[no, yes]].clone()
+        label_rows = output.weight[[no, yes]].clone()
     return ClickModel(whole.get_decoder(), label_rows, torch.cat([summaries, labels]), table.vocabulary, config)
 
 
@@ -192,7 +197,13 @@ def _check_architecture(decoder: PreTrainedModel) -> None:
         )
 
 
-def _remember_rotary(_module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+def _layers(decoder: PreTrainedModel) -> nn.ModuleList:
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _remember_rotary(_module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
     """Tell the plan the angles of this very layer: Gemma has two kinds."""
     plan = kwargs["dti"]
     assert isinstance(plan, AttentionPlan)

@@ -12,11 +12,11 @@ queries; a [SUM] belongs to the block of the token that it stands behind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn.functional import pad
 
 from dti_ray.config import Window
@@ -104,13 +104,14 @@ class _Overlap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, padded: Tensor, blocks: int, back: int) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, blocks: int, back: int) -> Tensor:
         ctx.blocks, ctx.back, ctx.shape = blocks, back, padded.shape
         cut = padded.unflatten(2, (back + blocks, BLOCK)).transpose(1, 2)
         return torch.cat([cut[:, i : i + blocks] for i in range(back + 1)], dim=3).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
         rows, heads, _, width = ctx.shape
         parts = gradient.unflatten(0, (rows, ctx.blocks)).unflatten(3, (ctx.back + 1, BLOCK))
         total = gradient.new_zeros(rows, ctx.back + ctx.blocks, heads, BLOCK, width)

@@ -143,6 +143,6 @@ def dense_distance(batch: PackedBatch) -> Int[Tensor, "B T T"]:
     return out
 
 
-def bias_slopes(heads: int, device: torch.device) -> Float[Tensor, H]:
+def bias_slopes(heads: int, device: torch.device) -> Float[Tensor, " H"]:
     """Return 2^(-8 (h + 1) / H), the slopes of ALiBi (Press et al. 2022), in fp32."""
     return 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=device, dtype=torch.float32) / heads)

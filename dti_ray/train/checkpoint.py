@@ -10,8 +10,10 @@ hash are refused. The best state and the newest ones are kept; a delete follows 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as load_weights
 from safetensors.torch import save as save_weights
@@ -45,7 +47,7 @@ class Progress:
     targets: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     valid_auc: float | None = None
 
 
@@ -139,5 +141,5 @@ def read_weights(storage: Storage, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return load_weights(storage.read(f"{checkpoint.path}/{WEIGHTS}"))
 
 
-def _progress(body: dict[str, object]) -> Progress:
+def _progress(body: Mapping[str, Any]) -> Progress:
     return Progress(**{**body, "position": Position(**body["position"])})

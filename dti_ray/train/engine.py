@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,14 +144,19 @@ class DeepSpeedEngine:
             os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when DeepSpeed is imported
         import deepspeed
 
+        # On CPUs DeepSpeed would compile a shared-memory reduction for a minute, needs a compiler for it, and a
+        # run killed meanwhile leaves a lock that every later run waits for. gloo reduces as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
         self.device = device
-        model.to(device)
-        self.engine, *_ = deepspeed.initialize(
+        self.model = model.to(device)
+        self.engine, optimizer, *_ = deepspeed.initialize(
             model=model,
             optimizer=adamw(model, config.optim),
             config=deepspeed_config(config, passes),
             dist_init_required=not torch.distributed.is_initialized(),
         )
+        self.optimizer = cast("torch.optim.Optimizer", optimizer)  # a wrapper of ours with the same groups
         self.world = torch.distributed.get_world_size()
         self.zero_stage = config.train.zero_stage
 
@@ -167,20 +172,20 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> float:
         """See `Engine`."""
-        for group in self.engine.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
     def set_training(self, is_training: bool) -> None:
         """See `Engine`."""
-        self.engine.module.train(is_training)
+        self.model.train(is_training)
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        trainable = {name: p for name, p in self.engine.module.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with GatheredParameters(list(trainable.values()), enabled=self.zero_stage == 3):
             return {name: p.detach().float().cpu().clone() for name, p in trainable.items()}
 
@@ -188,7 +193,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         for script in folder.glob("*.py"):  # DeepSpeed's converters, the same in every checkpoint
-            script.unlink()
+            script.unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""

@@ -22,10 +22,11 @@ from pathlib import Path
 import ray
 import ray.train
 import torch
+from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dti_ray.config import RunConfig, config_hash, differences, from_yaml, to_yaml
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
@@ -33,6 +34,7 @@ from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, stored_tokenizer, token_table
 from dti_ray.errors import DtiRayError, Fault, InputError, RunError
+from dti_ray.infer.evaluate import sliding_spec
 from dti_ray.model.backbone import build_model, load_tokenizer
 from dti_ray.storage import Storage
 from dti_ray.telemetry import Line, write_json
@@ -64,7 +66,7 @@ class Launch:
     @property
     def total_targets(self) -> int:
         """Targets that the run trains in all."""
-        return self.dataset.targets[TRAIN] * self.config.optim.epochs
+        return TrainingRows(self.dataset, self.table, self.config, through_ray=True).total_targets
 
 
 def check_launch(config: RunConfig) -> Launch:
@@ -84,10 +86,7 @@ def check_launch(config: RunConfig) -> Launch:
             raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
     tokenizer, table = tokenizer_and_table(config, storage, dataset)
     check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), table)
-    evaluation = pack_spec(
-        config.packing, config.prompt.context, VALID, k=1, n=config.eval_n, row_tokens=config.eval.row_tokens
-    )
-    check_capacity(evaluation, table, where="eval.row_tokens")
+    check_capacity(sliding_spec(config, "valid"), table, where="eval.row_tokens")
     return Launch(config, storage, dataset, table, tokenizer)
 
 
@@ -136,10 +135,11 @@ def launch(job: Launch, on_line: OnLine) -> Progress:
         return found[-1].progress
     _write_identity(job)
     board = ray.remote(num_cpus=0)(Board).remote()
+    parts = WorkerParts(job.config, ray.put(job.table), board)
     cluster = job.config.cluster
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"config": job.config, "table": ray.put(job.table), "board": board},
+        train_loop_config={"parts": parts},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -167,20 +167,31 @@ class Board:
     def __init__(self) -> None:
         self.lines: list[tuple[str, Line]] = []
 
+    @ray.method
     def put(self, kind: str, line: Line) -> None:
         """Add one line."""
         self.lines.append((kind, line))
 
+    @ray.method
     def take(self) -> list[tuple[str, Line]]:
         """Return all lines since the last call."""
         taken, self.lines = self.lines, []
         return taken
 
 
+@dataclass(frozen=True)
+class WorkerParts:
+    """What the driver hands to every worker, as it travels."""
+
+    config: RunConfig
+    table: ray.ObjectRef[TokenTable]
+    board: ActorProxy[Board]
+
+
 class _relaying:  # noqa: N801 - reads as a statement
     """Hand the board's lines to the driver's callback while the block runs, and the rest when it ends."""
 
-    def __init__(self, board: object, on_line: OnLine) -> None:
+    def __init__(self, board: ActorProxy[Board], on_line: OnLine) -> None:
         self.board, self.on_line = board, on_line
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -202,10 +213,10 @@ class _relaying:  # noqa: N801 - reads as a statement
             self.on_line(kind, line)
 
 
-def _train_worker(job: dict[str, object]) -> None:
+def _train_worker(job: dict[str, WorkerParts]) -> None:
     """What every Ray Train worker runs: gather the parts, then the loop."""
-    config, board = job["config"], job["board"]
-    table = ray.get(job["table"])
+    parts = job["parts"]
+    config, table = parts.config, ray.get(parts.table)
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -217,7 +228,7 @@ def _train_worker(job: dict[str, object]) -> None:
 
     def report(kind: str, line: Line, progress: Progress) -> None:
         if world.rank == 0:
-            board.put.remote(kind, line)
+            parts.board.put.remote(kind, line)
         if kind == "valid":
             ray.train.report(_metrics(line, progress))
 
@@ -252,6 +263,7 @@ def _write_identity(job: Launch) -> None:
     if job.storage.exists(f"{job.folder}/config.yaml"):
         return
     if job.config.model.name_or_path is None:
+        assert isinstance(job.tokenizer, PreTrainedTokenizerFast)
         job.storage.write(f"{job.folder}/tokenizer.json", job.tokenizer.backend_tokenizer.to_str().encode())
     meta = {
         "run": job.config.train.run,

@@ -190,11 +190,12 @@ class Trainer:
             self.config.train.rows_per_pass,
         )
         scores = join(self.world.gather(mine)).predictions
-        progress = replace(progress, valid_auc=float(auc(scores.label, scores.probability)))
+        valid_auc = float(auc(scores.label, scores.probability))
+        progress = replace(progress, valid_auc=valid_auc)
         line: Line = {
             "step": progress.step,
             "targets": progress.targets,
-            "auc": progress.valid_auc,
+            "auc": valid_auc,
             "log_loss": float(log_loss(scores.label, scores.probability)),
             "seconds": progress.seconds,
         }
