@@ -160,7 +160,7 @@ def _load(files: list[Path], overrides: list[str], root: str | None) -> RunConfi
 
 def _stored_config(arguments: list[str], files: list[Path], root: str | None) -> RunConfig:
     """Return a run's own configuration, changed only in what an evaluation may choose."""
-    from dti_ray.train.launch import load_run
+    from dti_ray.train.identity import load_run
 
     overrides = [argument for argument in arguments if "=" in argument]
     names = [argument for argument in arguments if "=" not in argument]

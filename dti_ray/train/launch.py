@@ -8,16 +8,10 @@ under the same name is refused.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import os
-import platform
-import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import ray
 import ray.train
@@ -26,9 +20,9 @@ from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from dti_ray.config import RunConfig, config_hash, differences, from_yaml, to_yaml
+from dti_ray.config import RunConfig
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
@@ -37,13 +31,13 @@ from dti_ray.errors import DtiRayError, Fault, InputError, RunError
 from dti_ray.infer.evaluate import sliding_spec
 from dti_ray.model.backbone import build_model, load_tokenizer
 from dti_ray.storage import Storage
-from dti_ray.telemetry import Line, write_json
+from dti_ray.telemetry import Line
 from dti_ray.train.checkpoint import Progress, list_checkpoints
 from dti_ray.train.engine import build_engine
+from dti_ray.train.identity import check_same_run, write_identity
 from dti_ray.train.loop import Trainer, passes_per_step
 from dti_ray.train.world import World
 
-PACKAGES = ("dti-ray", "ray", "torch", "transformers", "deepspeed", "peft", "pyarrow", "numpy", "pydantic")
 OnLine = Callable[[str, Line], None]
 log = logging.getLogger(__name__)
 
@@ -79,7 +73,7 @@ def check_launch(config: RunConfig) -> Launch:
     """
     storage = Storage(config.storage.root)
     storage.check_writable()
-    _check_same_run(config, storage)
+    check_same_run(config, storage)
     dataset = open_dataset(storage, config.data.name)
     for split, number in (("train", TRAIN), ("valid", VALID)):
         if dataset.targets[number] == 0:
@@ -105,21 +99,6 @@ def tokenizer_and_table(
     return tokenizer, token_table(texts, tokenizer, config.prompt)
 
 
-def load_run(storage: Storage, run: str) -> RunConfig:
-    """Return the configuration that a run was started with.
-
-    Raises:
-        InputError: there is no such run; the message lists the ones that exist.
-    """
-    path = f"runs/{run}/config.yaml"
-    if not storage.exists(path):
-        known = [name.rpartition("/")[2] for name in storage.list("runs")]
-        raise InputError(
-            Fault(storage.display("runs", run), "is no run", f"one of {known}" if known else "a trained run")
-        )
-    return from_yaml(storage.read(path).decode())
-
-
 def launch(job: Launch, on_line: OnLine) -> Progress:
     """Run the training and return where it ended.
 
@@ -133,7 +112,7 @@ def launch(job: Launch, on_line: OnLine) -> Progress:
     found = list_checkpoints(job.storage, job.folder)
     if found and found[-1].progress.targets >= job.total_targets:
         return found[-1].progress
-    _write_identity(job)
+    write_identity(job.config, job.storage, job.tokenizer)
     board = ray.remote(num_cpus=0)(Board).remote()
     parts = WorkerParts(job.config, ray.put(job.table), board)
     cluster = job.config.cluster
@@ -245,62 +224,10 @@ def _resources(config: RunConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
 
-def _check_same_run(config: RunConfig, storage: Storage) -> None:
-    path = f"runs/{config.train.run}/config.yaml"
-    if not storage.exists(path):
-        return
-    found = differences(from_yaml(storage.read(path).decode()), config)
-    if found:
-        taken = Fault(
-            f"train.run={config.train.run}", "exists with another configuration",
-            hint="choose another train.run, or use the stored values:",
-        )  # fmt: skip
-        raise InputError(taken, *found)
-
-
-def _write_identity(job: Launch) -> None:
-    """Write what the run is, once: configuration, tokenizer, versions, machine."""
-    if job.storage.exists(f"{job.folder}/config.yaml"):
-        return
-    if job.config.model.name_or_path is None:
-        assert isinstance(job.tokenizer, PreTrainedTokenizerFast)
-        job.storage.write(f"{job.folder}/tokenizer.json", job.tokenizer.backend_tokenizer.to_str().encode())
-    meta = {
-        "run": job.config.train.run,
-        "config_hash": config_hash(job.config),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "machine": {"cpus": os.cpu_count(), "cpu": _cpu_name(), "gpus": _gpu_names()},
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_json(job.storage, f"{job.folder}/meta.json", meta)
-    job.storage.write(f"{job.folder}/config.yaml", to_yaml(job.config).encode())
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this source tree; None where it is not a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def _gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
 def _run_error(job: Launch, error: Exception) -> DtiRayError:
-    """Name the first failing rank's own error, and how to go on."""
+    """Name the first failing rank's own error, where its traceback lies, and how to go on."""
+    trace = f"{job.folder}/failure.txt"
+    job.storage.write(trace, str(error).encode())
     failures = getattr(error, "worker_failures", {})
     for rank, cause in sorted(failures.items()):
         inner = getattr(cause, "cause", cause)
@@ -311,7 +238,7 @@ def _run_error(job: Launch, error: Exception) -> DtiRayError:
             Fault(
                 f"rank {rank}",
                 f"{type(inner).__name__}: {reason}",
-                hint=f"state is kept in {job.storage.display(job.folder)}; the same command goes on from it",
+                hint=f"traceback in {job.storage.display(trace)}; the same command goes on from what was saved",
             )
         )
     return RunError(Fault(f"run {job.config.train.run}", str(error).strip().splitlines()[-1]))

@@ -10,7 +10,8 @@ import pytest
 from dti_ray.config import RunConfig, to_yaml
 from dti_ray.errors import ConfigError, InputError, StorageError
 from dti_ray.storage import Storage
-from dti_ray.train.launch import check_launch, load_run
+from dti_ray.train.identity import load_run
+from dti_ray.train.launch import check_launch
 from tests.builders import make_config, write_dataset
 
 LENGTHS = [30, 12, 25, 40]
