@@ -20,8 +20,8 @@ $(READY): pyproject.toml .ci/constraints.txt
 		echo "make: $(PYTHON) is not Python 3.11 or newer; name one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/pip || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing packages into $(VENV) (about 2 GB, some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24.1"
-	@$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade "pip>=24.1"
+	@$(BIN)/python -m pip install -qq --constraint .ci/constraints.txt --editable ".[dev]"
 	@touch $@
 	@echo "setup: done; commands are in $(BIN)"
 

@@ -169,6 +169,11 @@ class Storage:
         self.delete(probe)
 
 
+def absolute(root: str) -> str:
+    """Return a root that means the same in a process with another working directory."""
+    return root if urlsplit(root).scheme else str(Path(root).expanduser().resolve())
+
+
 def _open(root: str) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(root)
     if parts.scheme in ("s3", "gs") and not parts.netloc:

@@ -12,6 +12,7 @@ from dti_ray.config.schema import (
     PromptConfig,
     ResetConfig,
     RunConfig,
+    StorageConfig,
     Window,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "PromptConfig",
     "ResetConfig",
     "RunConfig",
+    "StorageConfig",
     "Window",
     "config_hash",
     "differences",

@@ -22,7 +22,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
 
-from dti_ray.config import RunConfig
+from dti_ray.config import RunConfig, StorageConfig
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
@@ -30,7 +30,7 @@ from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, st
 from dti_ray.errors import DtiRayError, Fault, InputError, RunError
 from dti_ray.infer.evaluate import sliding_spec
 from dti_ray.model.backbone import build_model, load_tokenizer
-from dti_ray.storage import Storage
+from dti_ray.storage import Storage, absolute
 from dti_ray.telemetry import Line
 from dti_ray.train.checkpoint import Progress, list_checkpoints
 from dti_ray.train.engine import build_engine
@@ -71,6 +71,7 @@ def check_launch(config: RunConfig) -> Launch:
         InputError: the data set is not prepared, has no training targets, or the run's name is taken.
         StorageError: the root cannot be reached or written.
     """
+    config = config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root))})
     storage = Storage(config.storage.root)
     storage.check_writable()
     check_same_run(config, storage)

@@ -87,3 +87,12 @@ def test_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
     storage.write("runs/known/config.yaml", to_yaml(tiny_config(tmp_path)).encode())
     with pytest.raises(InputError, match=r"nobody.*is no run; expected one of \['known'\]"):
         load_run(storage, "nobody")
+
+
+def test_relative_root_is_made_absolute_since_workers_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "outputs", LENGTHS)
+    monkeypatch.chdir(tmp_path)
+    job = check_launch(tiny_config(Path("outputs")))
+    assert job.config.storage.root == str(tmp_path / "outputs")
