@@ -89,6 +89,9 @@ class PackingConfig(Section):
         default=0, description="targets with fewer interactions before them are left out (count)"
     )
     row_tokens: PositiveInt = Field(default=4096, description="capacity of a row, [SUM] included (tokens)")
+    mix_segments: PositiveInt = Field(
+        default=8, description="segments of a stream whose prompts are shuffled together (count)"
+    )
     streams: PositiveInt = Field(
         default=4, description="virtual streams of an epoch; a multiple of every worker count that may train"
     )

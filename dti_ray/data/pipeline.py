@@ -96,6 +96,7 @@ class TrainingRows:
             targets_per_step=self.config.optim.targets_per_step,
             rows_per_step=self.rows_per_step,
             sliding_tail=self.config.optim.sliding_tail,
+            mix_segments=self.config.packing.mix_segments,
         )
 
     def steps(self, epoch: int, rank: int, world: int, start_step: int = 0) -> Iterator[StepRows]:

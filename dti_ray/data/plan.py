@@ -82,6 +82,7 @@ def plan_epoch(
     targets_per_step: int,
     rows_per_step: int,
     sliding_tail: float,
+    mix_segments: int = 1,
 ) -> EpochPlan:
     """Deal the segments of an epoch to the virtual streams.
 
@@ -94,13 +95,17 @@ def plan_epoch(
         targets_per_step: targets of one optimizer step over all streams.
         rows_per_step: rows that one stream contributes to a step.
         sliding_tail: last share of the run's targets that is trained as stand-alone prompts.
+        mix_segments: segments of a stream that are packed, and so shuffled, together.
     """
     targets = np.array([segment.targets[0] for segment in segments], dtype=np.int64)
     steps = max(1, round(int(targets.sum()) / targets_per_step))
     order = np.random.default_rng(derive_seed(seed, "segments", epoch)).permutation(len(segments))
     tail_from = (1.0 - sliding_tail) * epochs - epoch  # in epochs from the start of this one
+    rows = steps * rows_per_step
     plans = tuple(
-        _plan_stream(stream, mine, targets, steps * rows_per_step, tail_from, derive_seed(seed, "rows", epoch, stream))
+        _plan_stream(
+            stream, mine, targets, rows, tail_from * rows, mix_segments, derive_seed(seed, "rows", epoch, stream)
+        )
         for stream, mine in enumerate(_deal(order, targets, streams))
     )
     return EpochPlan(epoch, steps, rows_per_step, plans)
@@ -118,9 +123,12 @@ def _deal(order: np.ndarray, targets: np.ndarray, streams: int) -> list[list[int
 
 
 def _plan_stream(
-    stream: int, segments: list[int], targets: np.ndarray, rows: int, tail_from: float, seed: int
+    stream: int, segments: list[int], targets: np.ndarray, rows: int, tail_row: float, mix_segments: int, seed: int
 ) -> tuple[PackTask, ...]:
-    """Give each segment its share of the stream's rows; segments too small for a row join the next one, or the last."""
+    """Give each task of `mix_segments` segments its share of the stream's rows; a task ends where the tail begins.
+
+    Segments too small for a row join the next task, or the last one.
+    """
     ends = np.cumsum(targets[segments]) if segments else np.zeros(0, dtype=np.int64)
     tasks: list[PackTask] = []
     waiting: list[int] = []
@@ -128,10 +136,11 @@ def _plan_stream(
     for segment, end in zip(segments, ends, strict=True):
         waiting.append(segment)
         row_end = round(rows * int(end) / int(ends[-1]))
-        if row_end > first_row:
-            sliding = first_row >= tail_from * rows
+        is_full = len(waiting) >= mix_segments or row_end == rows or first_row < tail_row <= row_end
+        if is_full and row_end > first_row:
             task_seed = derive_seed(seed, len(tasks))
-            tasks.append(PackTask(stream, first_row, row_end - first_row, tuple(waiting), task_seed, sliding))
+            task = PackTask(stream, first_row, row_end - first_row, tuple(waiting), task_seed, first_row >= tail_row)
+            tasks.append(task)
             waiting, first_row = [], row_end
     if waiting:
         tasks[-1] = replace(tasks[-1], segments=(*tasks[-1].segments, *waiting))
