@@ -157,7 +157,7 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-
 main{max-width:1100px;margin:0 auto;padding:44px 24px 64px}
 h1{font-size:30px;line-height:1.2;letter-spacing:-.015em;margin:2px 0 8px;overflow-wrap:anywhere}
 h2{font-size:20px;line-height:1.3;letter-spacing:-.01em;margin:48px 0 4px}
-h3{font-size:16px;line-height:1.35;margin:0 0 2px}
+h3{font-size:16px;line-height:1.35;margin:0 0 2px}.card+h3{margin-top:18px}
 p{margin:0 0 12px;max-width:74ch}
 .kicker{font-size:13px;font-weight:600;color:var(--blue);margin:0}
 .facts,.lead,figcaption,.note,footer{color:var(--muted)}
