@@ -36,13 +36,14 @@ counts = st.lists(st.integers(0, 90), min_size=1, max_size=60)
 @given(
     targets=counts, streams=st.integers(1, 8), per_step=st.integers(1, 200), rows=st.integers(1, 5),
     seed=st.integers(0, 99), epoch=st.integers(0, 3), tail=st.sampled_from([0.0, 0.15, 0.9]),
+    mix=st.integers(1, 9),
 )  # fmt: skip
 def test_each_segment_once_and_every_stream_has_the_rows_of_all_steps(
-    targets: list[int], streams: int, per_step: int, rows: int, seed: int, epoch: int, tail: float
+    targets: list[int], streams: int, per_step: int, rows: int, seed: int, epoch: int, tail: float, mix: int
 ) -> None:
     made = plan(
         targets, streams=streams, targets_per_step=per_step, rows_per_step=rows, seed=seed, epoch=epoch, epochs=4,
-        sliding_tail=tail,
+        sliding_tail=tail, mix_segments=mix,
     )  # fmt: skip
     dealt = segments_of(made)
     assert sorted(chain.from_iterable(dealt)) == [i for i, count in enumerate(targets) if count]
@@ -173,3 +174,15 @@ def test_plan_and_position_pickle_and_stay_small() -> None:
     position = Position(epoch=3, step=10**9)
     assert pickle.loads(pickle.dumps(position)) == position
     assert len(pickle.dumps(position)) < 200
+
+
+def test_a_task_mixes_the_segments_asked_for_and_ends_where_the_tail_begins() -> None:
+    made = plan([10] * 20, streams=1, targets_per_step=10, rows_per_step=1, epochs=1, mix_segments=6)
+    assert [len(task.segments) for task in made.streams[0]] == [6, 6, 6, 2]
+    made = plan([10] * 20, streams=1, targets_per_step=10, rows_per_step=1, epochs=1, mix_segments=6, sliding_tail=0.25)
+    assert [(len(task.segments), task.sliding) for task in made.streams[0]] == [
+        (6, False),
+        (6, False),
+        (3, False),
+        (5, True),
+    ]
