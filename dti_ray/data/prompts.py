@@ -23,7 +23,6 @@ from dti_ray.errors import ConfigError, Fault, InputError
 if TYPE_CHECKING:  # packing tasks import this module; they must not wait for Transformers
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-TEMPLATE_VERSION = 1
 UNKNOWN, PAD = "<unk>", "<pad>"
 SUM, NO, YES = 0, 1, 2  # offsets behind the vocabulary
 

@@ -19,7 +19,6 @@ from dti_ray.config import OptimConfig, RunConfig
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import PackedBatch
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TORCH_STATE = "engine.pt"
 TAG = "engine"
 

@@ -43,7 +43,6 @@ class Tally:
     tokens: int = 0
     padded_tokens: int = 0
     wait_s: float = 0.0
-    steps: int = 0
     since: float = 0.0
 
 
@@ -144,7 +143,6 @@ class Trainer:
         tally.targets += sum(row.targets for row in step.rows)
         tally.tokens += sum(row.size_tokens for row in step.rows)
         tally.wait_s += step.wait_s
-        tally.steps += 1
         return self.engine.step(lr)
 
     def advance(self, progress: Progress, step: Step, seconds: float) -> Progress:
