@@ -26,7 +26,7 @@ from dti_ray.config import ModelConfig, RunConfig
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import ConfigError, Fault
-from dti_ray.model.attention import NAME, AttentionPlan, Backend, choose_backend, register
+from dti_ray.model.attention import NAME, AttentionPlan, Backend, choose_backend, make_plan, register
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Rules
 
@@ -79,7 +79,7 @@ class ClickModel(nn.Module):
         """Return the states at every [SUM], after the decoder's last norm."""
         embeddings = self.dropout(self.embed(batch.tokens))
         layers = _layers(self.decoder)
-        plan = AttentionPlan(batch, self.rules, self.debias, self.reset, self.backend, layers, embeddings)
+        plan = make_plan(batch, self.rules, self.debias, self.reset, self.backend, layers, embeddings)
         states = self.decoder(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False, dti=plan)
         return states.last_hidden_state
 

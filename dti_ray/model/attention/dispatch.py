@@ -1,0 +1,110 @@
+"""Transformers' entry into our attention, and the one place that chooses the backend.
+
+Stage: attention. In: queries, keys and values of one layer, as Transformers hands them over. Out: what each
+token reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dti_ray.config import DebiasConfig, ResetConfig
+from dti_ray.model.attention.banded import Banded
+from dti_ray.model.attention.dense import Dense
+from dti_ray.model.attention.plan import Attend, AttentionPlan, rotate
+from dti_ray.model.batch import PackedBatch
+from dti_ray.model.masks import Rules
+
+NAME = "dti"
+Backend = Literal["dense", "banded"]
+BACKENDS: dict[Backend, Callable[[AttentionPlan], Attend]] = {"dense": Dense, "banded": Banded}
+
+log = logging.getLogger(__name__)
+
+
+class SelfAttention(Protocol):
+    """What we use of a decoder layer's attention module."""
+
+    layer_idx: int
+    head_dim: int
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+
+def register() -> None:
+    """Make Transformers call this module; decoders are built with `attn_implementation=NAME`."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, lambda *_args, **_kwargs: None)
+
+
+def choose_backend(wanted: str) -> Backend:
+    """Say which backend computes, in one place.
+
+    Args:
+        wanted: `model.attention`: auto, dense or banded.
+    """
+    chosen: Backend = "dense" if wanted == "dense" else "banded"
+    log.info("attention: %s (%s)", chosen, "as configured" if wanted == chosen else "linear in the row's length")
+    return chosen
+
+
+def make_plan(
+    batch: PackedBatch,
+    rules: Rules,
+    debias: DebiasConfig,
+    reset: ResetConfig,
+    backend: Backend,
+    layers: nn.ModuleList,
+    embeddings: Tensor,
+) -> AttentionPlan:
+    """Return the plan of one forward pass; see `AttentionPlan` for the arguments."""
+    plan = AttentionPlan(batch, rules, debias, reset, layers, embeddings)
+    plan.attend = BACKENDS[backend](plan)
+    return plan
+
+
+def _attention(
+    module: SelfAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,  # always None: our rules are in the plan
+    *,
+    dti: AttentionPlan,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Float[Tensor, "B T H D"], None]:
+    """Answer one layer's queries; the signature is Transformers' attention interface.
+
+    The last layer is handed [SUM] states alone, since nothing else is read from it; the keys of all other
+    tokens are then made here.
+    """
+    last_states = dti.last_states if module.layer_idx == len(dti.layers) - 1 else None
+    if last_states is not None:
+        others = _project(module, dti, last_states[:, : -query.shape[2]])
+        key, value = (torch.cat([ahead, own], dim=2) for ahead, own in zip(others, (key, value), strict=True))
+    copies = [(key, value)]
+    if dti.is_dual and module.layer_idx > 0:  # in layer 0 both copies coincide
+        copies.append(_project(module, dti, dti.embeddings))
+    return dti.attend(query, copies, scaling, dropout).transpose(1, 2), None
+
+
+def _project(module: SelfAttention, plan: AttentionPlan, states: Float[Tensor, "B I W"]) -> tuple[Tensor, Tensor]:
+    """Return keys and values of the first I tokens, by the layer's own norm and projections."""
+    norm = plan.layers[module.layer_idx].input_layernorm
+    assert isinstance(norm, nn.Module)
+    normed = norm(states)
+    shape = (*normed.shape[:-1], -1, module.head_dim)
+    key, value = module.k_proj(normed).view(shape), module.v_proj(normed).view(shape)
+    if (k_norm := getattr(module, "k_norm", None)) is not None:
+        key = k_norm(key)
+    cos, sin = (part[:, : states.shape[1]] for part in plan.rotary)
+    return rotate(key.transpose(1, 2), (cos, sin)), value.transpose(1, 2)
