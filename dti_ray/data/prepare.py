@@ -3,10 +3,12 @@
 Stage: sources → checks → interactions, over Ray Data. In: a `RunConfig` and the storage root; Ray must be
 running. Out: the opened `Dataset`.
 Invariants: the data set is a function of the raw rows and the `data` section alone, byte for byte, whatever
-the number of workers and the order in which they finish; it is visible only once its manifest is written,
-last; an existing data set is never changed.
+the number of workers and the order in which they finish, and whether a task runs once or twice; it is visible
+only once its manifest is written, last; an existing data set is never changed.
 
-    read_csv → check, partition = crc32(user_id) mod P → group by partition → one shard each → manifest
+    count     one task per log         → rows, and from them the number of partitions P
+    scatter   one task per log         → checked rows as scratch files, batch p = users with crc32(user_id) mod P = p
+    gather    one task per partition p → batch p of every scratch file: one shard, what it refuses to quarantine
 """
 
 # pyarrow.compute makes its functions at run time, where no type checker sees them.
@@ -14,21 +16,25 @@ last; an existing data set is never changed.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from pyarrow import csv
+from numpy.typing import NDArray
+from pyarrow import ipc
 from pyarrow import parquet as pq
 from ray.exceptions import RayTaskError
 
@@ -48,12 +54,13 @@ from dti_ray.data.interactions import (
 )
 from dti_ray.data.sources import movielens
 from dti_ray.data.sources.movielens import RawLog
-from dti_ray.errors import DtiRayError, Fault, InputError
+from dti_ray.errors import DtiRayError, Fault, InputError, StorageError
 from dti_ray.storage import FileEntry, Storage
 
 logger = logging.getLogger(__name__)
 
-# One block of checked rows: a good row has the first columns, a refused one `refused_*` and a reason.
+SCRATCH = "scratch"
+# Checked rows: a good one has the columns of `INTERACTIONS`, a refused one `refused_*` and a reason.
 REFUSED = {"user_id": "user_id", **{name: f"refused_{name}" for name in ("item_id", "label", "time")}}
 
 
@@ -122,74 +129,132 @@ def _existing(data: DataConfig, storage: Storage) -> Dataset | None:
 
 
 def _write_parts(raw: RawLog, item_ids: pa.Array, data: DataConfig, storage: Storage) -> list[Part]:
-    """Run the Ray Data job; the checked rows are materialised because their number decides P."""
+    """Run the three Ray Data jobs; between them, rows lie in storage and not in Ray's object store."""
+    logs = len(raw.logs)
+    rows = sum(row["rows"] for row in _run(partial(_count, raw=raw), logs))
+    if not rows:
+        return []
+    partitions = math.ceil(rows / data.shard_interactions)
+    logger.info("%d rows counted; grouping them by user into %d shards", rows, partitions)
+    given = {"item_ids": item_ids, "data": data, "storage": storage}
+    blocks = _run(partial(_scatter, raw=raw, partitions=partitions, **given), logs)
+    files = sorted(block["file"] for block in blocks)
+    boundaries = _boundaries((block["times"] for block in blocks), data)
+    parts = _run(partial(_gather, files=files, boundaries=boundaries, **given), partitions)
+    storage.delete(f"{dataset_folder(data.name)}/{SCRATCH}")
+    return sorted((_parse(row["part"]) for row in parts), key=lambda part: part.partition)
+
+
+def _run(task: Callable[[int], list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
+    """Run `task(0)` to `task(count - 1)` as one Ray Data job; return their rows, in any order.
+
+    Ray may run a task again, even while its first attempt still runs: it must write the same files.
+    """
+    numbers = ray.data.range(count, override_num_blocks=count)
     try:
-        checked = _read(raw, item_ids, data).materialize()
-        rows = checked.count()
-        if not rows:
-            return []
-        partitions = math.ceil(rows / data.shard_interactions)
-        logger.info("%d rows read; grouping them by user into %d shards", rows, partitions)
-        write = partial(
-            _write_part, storage=storage, data=data, item_ids=item_ids, boundaries=_boundaries(checked, data)
-        )
-        parted = checked.map_batches(
-            partial(_partition, partitions=partitions), batch_format="pyarrow", batch_size=None
-        )
-        grouped = parted.groupby("partition", num_partitions=partitions)
-        written = grouped.map_groups(write, batch_format="pyarrow")
-        parts = [_parse(row["part"]) for row in written.take_all()]
+        return numbers.flat_map(lambda row: task(row["id"])).take_all()
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, DtiRayError):
-            raise cause from None
-        raw.check_readable()  # names the line that Ray Data's message leaves out
+        if isinstance(error.cause, DtiRayError):
+            raise error.cause from None
         raise
-    return sorted(parts, key=lambda part: part.partition)
 
 
-def _read(raw: RawLog, item_ids: pa.Array, data: DataConfig) -> ray.data.Dataset:
-    rows = ray.data.read_csv(
-        [raw.storage.path(log) for log in raw.logs],
-        filesystem=raw.storage.filesystem,
-        partitioning=None,  # pyright: ignore[reportArgumentType] - a folder `a=b` is no column
-        read_options=csv.ReadOptions(use_threads=False),
-        parse_options=raw.parse_options(),
-        convert_options=raw.convert_options(),
-    )
-    checked = partial(_check, columns=raw.columns, data=data, item_ids=item_ids)
-    return rows.map_batches(checked, batch_format="pyarrow", batch_size=None)
+def _count(log: int, raw: RawLog) -> list[dict[str, Any]]:
+    return [{"rows": sum(len(batch) for batch in raw.batches(raw.logs[log]))}]
 
 
-def _check(rows: pa.Table, columns: Mapping[str, str], data: DataConfig, item_ids: pa.Array) -> pa.Table:
-    """Check one block; good and refused rows leave together, told apart by `reason`."""
-    raw = rows.rename_columns([columns[name] for name in rows.column_names])
-    good, bad = check(raw, data, item_ids)
+def _scatter(
+    log: int, raw: RawLog, partitions: int, item_ids: pa.Array, data: DataConfig, storage: Storage
+) -> list[dict[str, Any]]:
+    """Write the rows of a log as scratch files, each named by its place in the log; return one row per file."""
+    written = []
+    for number, rows in enumerate(_checked_blocks(raw, raw.logs[log], item_ids, data)):
+        file = f"{dataset_folder(data.name)}/{SCRATCH}/{log:05d}-{number:05d}.arrow"
+        storage.write(file, _by_partition(rows, partitions))
+        times = rows["time"].drop_null().to_numpy() if data.split == "global_time" else np.zeros(0, np.int64)
+        written.append({"file": file, "times": times.tobytes()})
+    return written
+
+
+def _checked_blocks(raw: RawLog, log: str, item_ids: pa.Array, data: DataConfig) -> Iterator[pa.Table]:
+    """Yield a log's checked rows in blocks of about one shard, which the gathering task must hold too."""
+    held: list[pa.Table] = []
+    for batch in raw.batches(log):
+        held.append(_check(pa.table(batch), data, item_ids))
+        if sum(map(len, held)) >= data.shard_interactions:
+            yield pa.concat_tables(held)
+            held = []
+    if sum(map(len, held)):
+        yield pa.concat_tables(held)
+
+
+def _check(rows: pa.Table, data: DataConfig, item_ids: pa.Array) -> pa.Table:
+    """Check some rows; good and refused ones leave together, told apart by `reason`."""
+    good, bad = check(rows, data, item_ids)
     refused = bad.rename_columns([REFUSED.get(name, name) for name in bad.column_names])
     return pa.concat_tables([good, refused], promote_options="default")
 
 
-def _partition(rows: pa.Table, partitions: int) -> pa.Table:
-    """Add the partition of each row: the same for all rows of a user, in every process."""
-    user = pc.fill_null(rows["user_id"], "").combine_chunks().dictionary_encode()
+def _by_partition(rows: pa.Table, partitions: int) -> bytes:
+    """Return an Arrow file whose record batch p holds the rows of partition p, in their order."""
+    partition = _partition(rows["user_id"], partitions)
+    order = np.argsort(partition, kind="stable")
+    starts = np.searchsorted(partition[order], np.arange(partitions + 1))
+    (ordered,) = rows.combine_chunks().take(pa.array(order)).combine_chunks().to_batches()
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, rows.schema, options=ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for start, stop in pairwise(starts.tolist()):
+            writer.write_batch(ordered.slice(start, stop - start))
+    return sink.getvalue().to_pybytes()
+
+
+def _partition(user_ids: pa.ChunkedArray, partitions: int) -> NDArray[np.int32]:
+    """Return the partition of each row: the same for all rows of a user, in every process."""
+    user = pc.fill_null(user_ids, "").combine_chunks().dictionary_encode()
     of_user = [zlib.crc32(name.encode()) % partitions for name in user.dictionary.to_pylist()]
-    return rows.append_column("partition", pa.array(of_user, pa.int32()).take(user.indices))
+    return np.array(of_user, np.int32)[user.indices.to_numpy()]
 
 
-def _boundaries(checked: ray.data.Dataset, data: DataConfig) -> Boundaries | None:
-    """Bring all valid times to the driver (8 bytes each), only for the split that needs them."""
+def _boundaries(times: Iterable[bytes], data: DataConfig) -> Boundaries | None:
+    """Find the boundaries from all valid times (8 bytes each), for the split that needs them."""
     if data.split != "global_time":
         return None
-    batches = checked.select_columns(["time"]).iter_batches(batch_format="pyarrow", batch_size=None)
-    times = np.concatenate([batch["time"].drop_null().to_numpy() for batch in batches])
-    return global_boundaries(times, data) if len(times) else Boundaries(0, 0)
+    merged = np.frombuffer(b"".join(times), np.int64)
+    return global_boundaries(merged, data) if len(merged) else Boundaries(0, 0)
+
+
+def _gather(
+    partition: int,
+    files: list[str],
+    item_ids: pa.Array,
+    data: DataConfig,
+    storage: Storage,
+    boundaries: Boundaries | None,
+) -> list[dict[str, Any]]:
+    """Write the shard and the quarantine of one partition; return one row that says what was written."""
+    rows = pa.Table.from_batches([_read_batch(storage, file, partition) for file in files])
+    part = _write_part(partition, rows, item_ids, data, storage, boundaries)
+    return [{"part": json.dumps(asdict(part))}]
+
+
+def _read_batch(storage: Storage, file: str, number: int) -> pa.RecordBatch:
+    try:
+        with storage.filesystem.open_input_file(storage.path(file)) as source, ipc.open_file(source) as batches:
+            return batches.get_batch(number)
+    except (OSError, pa.ArrowInvalid) as error:
+        problem, hint = f"cannot be read: {' '.join(str(error).split())}", "run `dti-ray prepare` again"
+        raise StorageError(Fault(storage.display(file), problem, hint=hint)) from error
 
 
 def _write_part(
-    rows: pa.Table, storage: Storage, data: DataConfig, item_ids: pa.Array, boundaries: Boundaries | None
-) -> pa.Table:
-    """Write the shard and the quarantine of one partition; return one row that says what was written."""
-    partition, folder = rows["partition"][0].as_py(), dataset_folder(data.name)
+    partition: int,
+    rows: pa.Table,
+    item_ids: pa.Array,
+    data: DataConfig,
+    storage: Storage,
+    boundaries: Boundaries | None,
+) -> Part:
+    folder = dataset_folder(data.name)
     is_good = pc.is_null(rows["reason"])
     good = rows.filter(is_good).select(INTERACTIONS.names).cast(INTERACTIONS)
     bad = rows.filter(pc.invert(is_good)).select([*REFUSED.values(), "reason"]).rename_columns(QUARANTINE.names)
@@ -207,7 +272,7 @@ def _write_part(
         written = storage.write(f"{folder}/{path}", _parquet(quarantine))
         files.append(FileEntry(path, written.size_bytes, written.sha256))
     reasons = dict(sorted(Counter(quarantine["reason"].to_pylist()).items()))
-    return pa.table({"part": [json.dumps(asdict(Part(partition, files, segments, clicks, reasons)))]})
+    return Part(partition, files, segments, clicks, reasons)
 
 
 def _parse(text: str) -> Part:
@@ -254,13 +319,25 @@ def _parquet(table: pa.Table) -> bytes:
 
 @contextmanager
 def _ray_data() -> Iterator[None]:
-    """Run Ray Data without its bars and logs, and let an error of ours come back as itself."""
+    """Run Ray Data without its bars and messages, and let an error of ours come back as itself.
+
+    Ray Data takes the trace off what goes wrong inside it, and only logs it: here it is put back, as a note.
+    Its log files are left as they are.
+    """
     context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = (context.enable_progress_bars, context.raise_original_map_exception, log.level)
+    before = (context.enable_progress_bars, context.raise_original_map_exception)
     context.enable_progress_bars, context.raise_original_map_exception = False, True
-    log.setLevel(logging.CRITICAL)  # what goes wrong comes back as an exception
+    consoles = [handler for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
+    trace = io.StringIO()
+    kept = logging.StreamHandler(trace)
+    kept.setLevel(logging.ERROR)
+    log.handlers = [kept, *(handler for handler in log.handlers if handler not in consoles)]
     try:
         yield
+    except Exception as error:
+        if not isinstance(error, DtiRayError):
+            error.add_note(trace.getvalue())
+        raise
     finally:
-        context.enable_progress_bars, context.raise_original_map_exception = before[:2]
-        log.setLevel(before[2])
+        log.handlers = [*consoles, *(handler for handler in log.handlers if handler is not kept)]
+        context.enable_progress_bars, context.raise_original_map_exception = before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from dti_ray.data.interactions import Dataset, open_dataset, read_all, read_item
 from dti_ray.data.prepare import prepare
 from dti_ray.data.sources.movielens import fetch
 from dti_ray.errors import InputError, StorageError
-from dti_ray.storage import Storage
+from dti_ray.storage import FileEntry, Storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
+PREPARED = {f"datasets/tiny/{file}" for file in ("manifest.json", "items.parquet", "interactions/part-00000.parquet")}
 ITEMS = [(item, f"Film {item}", 1990 + item, "Drama") for item in range(1, 13)]
 GOOD = [(user, item, item % 5 + 1, 100 * user + item // 2) for user in range(1, 8) for item in range(1, user + 5)]
 BAD = [
@@ -86,10 +88,11 @@ def test_item_indices_point_into_the_stored_catalogue(tmp_path: Path, write_raw)
     assert first == [(row[1], row[3]) for row in GOOD[:5]]
 
 
-def test_data_set_is_the_same_for_shuffled_rows_and_several_files(tmp_path: Path, write_raw) -> None:
+@pytest.mark.parametrize("split", ["user_time", "global_time"])
+def test_data_set_is_the_same_for_shuffled_rows_and_several_files(tmp_path: Path, write_raw, split: str) -> None:
     rows = [*GOOD, *BAD]
     folder = write_raw(rows, ITEMS)
-    config = tiny("data.shard_interactions=20", "data.segment_interactions=8")
+    config = tiny("data.shard_interactions=20", "data.segment_interactions=8", f"data.split={split}")
     first = prepare(config, Storage(str(tmp_path)))
     before = contents(first)
     assert len({segment.shard for segment in first.segments}) > 1
@@ -98,8 +101,30 @@ def test_data_set_is_the_same_for_shuffled_rows_and_several_files(tmp_path: Path
     shuffled = [rows[at] for at in np.random.default_rng(0).permutation(len(rows))]
     write_raw(shuffled[:30], ITEMS)
     (folder / "tiny.inter").rename(folder / "second.inter")
+    write_raw([], ITEMS)
+    (folder / "tiny.inter").rename(folder / "heading_alone.inter")
     write_raw(shuffled[30:], ITEMS)
     assert contents(prepare(config, Storage(str(tmp_path)))) == before
+
+
+@pytest.mark.parametrize("file", ["scratch/00000-00001.arrow", "interactions/part-00002.parquet"])
+def test_worker_that_dies_after_a_write_changes_nothing(tmp_path: Path, write_raw, file: str) -> None:
+    class Deadly(Storage):
+        def write(self, path: str, content: bytes) -> FileEntry:
+            entry = super().write(path, content)
+            if path.endswith(file) and not self.exists("died"):
+                super().write("died", b"once")
+                os._exit(1)
+            return entry
+
+    write_raw([(row % 50, row % 12 + 1, row % 5 + 1, 880_000_000 + row) for row in range(80_000)], ITEMS)
+    config = tiny("data.shard_interactions=20_000")  # the log is two blocks, the data set four shards
+    first = prepare(config, Storage(str(tmp_path)))
+    before = contents(first)
+    first.storage.delete(first.folder)
+    assert contents(prepare(config, Deadly(str(tmp_path)))) == before
+    assert first.storage.exists("died")
+    assert (first.interactions, len({segment.shard for segment in first.segments})) == (80_000, 4)
 
 
 def test_shards_hold_every_user_once_and_segments_are_row_groups(tmp_path: Path, write_raw) -> None:
@@ -147,8 +172,8 @@ def test_what_a_broken_attempt_left_is_deleted(tmp_path: Path, write_raw) -> Non
     write_raw(GOOD, ITEMS)
     storage = Storage(str(tmp_path))
     storage.write("datasets/tiny/interactions/part-00009.parquet", b"half")
-    dataset = prepare(tiny(), storage)
-    assert "datasets/tiny/interactions/part-00009.parquet" not in contents(dataset)
+    storage.write("datasets/tiny/scratch/00000-00009.arrow", b"half")
+    assert contents(prepare(tiny(), storage)).keys() == PREPARED
 
 
 @pytest.mark.parametrize(
@@ -182,11 +207,12 @@ def test_malformed_line_is_named(tmp_path: Path, write_raw) -> None:
         prepare(tiny(), Storage(str(tmp_path)))
 
 
-def test_malformed_line_far_down_is_named(tmp_path: Path, write_raw) -> None:
+def test_malformed_line_far_down_is_named(tmp_path: Path, write_raw, capfd) -> None:
     rows = [(1, 2, 3, time) for time in range(150_000)]
     write_raw([*rows, (1, 2, 3)], ITEMS)
     with pytest.raises(InputError, match=r"tiny\.inter: cannot be read as a table: .*Expected 4 columns, got 3"):
         prepare(tiny(), Storage(str(tmp_path)))
+    assert capfd.readouterr() == ("", ""), "the error says all"
 
 
 def test_error_inside_a_task_reaches_the_caller_as_itself(tmp_path: Path, write_raw) -> None:
@@ -197,6 +223,33 @@ def test_error_inside_a_task_reaches_the_caller_as_itself(tmp_path: Path, write_
     with pytest.raises(StorageError, match="cannot be written") as error:
         prepare(tiny(f"data.path={raw}"), Storage(str(root)))
     assert type(error.value) is StorageError
+
+
+def test_scratch_file_that_is_lost_is_named(tmp_path: Path, write_raw) -> None:
+    class Losing(Storage):
+        def write(self, path: str, content: bytes) -> FileEntry:
+            entry = super().write(path, content)
+            if "/scratch/" in path:
+                self.delete(path)
+            return entry
+
+    write_raw(GOOD, ITEMS)
+    with pytest.raises(StorageError, match=r"datasets/tiny/scratch/00000-00000\.arrow: cannot be read: "):
+        prepare(tiny(), Losing(str(tmp_path)))
+
+
+def test_unexpected_error_carries_the_trace_that_ray_data_logs(tmp_path: Path, write_raw, capfd) -> None:
+    class Broken(Storage):
+        def write(self, path: str, content: bytes) -> FileEntry:
+            raise ZeroDivisionError(f"{len(content)} bytes for {path}")
+
+    write_raw(GOOD, ITEMS)
+    with pytest.raises(ZeroDivisionError) as error:
+        prepare(tiny(), Broken(str(tmp_path)))
+    (note,) = error.value.__notes__
+    assert "Full stack trace" in note
+    assert "streaming_executor.py" in note, "frames inside Ray Data"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_movielens_100k_is_read_whole(tmp_path: Path) -> None:

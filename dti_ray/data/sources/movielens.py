@@ -78,25 +78,19 @@ class RawLog:
     catalogue: str
     columns: Mapping[str, str]
 
-    def parse_options(self) -> csv.ParseOptions:
-        """Return how a line is cut: at tabs, and a quotation mark is a letter like any other."""
-        return _parse_options()
+    def batches(self, log: str) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one of `logs`, with the columns of `RAW_INTERACTIONS`; the same batches every time.
 
-    def convert_options(self) -> csv.ConvertOptions:
-        """Return how a field is read: as a string, whatever it holds, so that validation sees it."""
-        return _convert_options(self.columns)
-
-    def check_readable(self) -> None:
-        """Read every line, in order to name the one that is malformed.
+        Every field is read as a string, whatever it holds, so that validation sees it.
 
         Raises:
             InputError: a line has more or fewer fields than the heading, or is not UTF-8.
+            StorageError: the file cannot be read.
         """
         one_thread = csv.ReadOptions(use_threads=False)
-        for log in self.logs:
-            with _open(self.storage, log) as stream, _faults(self.storage.display(log)):
-                for _ in csv.open_csv(stream, one_thread, self.parse_options(), self.convert_options()):
-                    pass
+        with _open(self.storage, log) as stream, _faults(self.storage.display(log)):
+            for batch in csv.open_csv(stream, one_thread, _parse_options(), _convert_options(self.columns)):
+                yield batch.rename_columns([self.columns[name] for name in batch.schema.names])
 
 
 def fetch(storage: Storage, name: str, on_progress: Progress) -> str:
@@ -274,16 +268,18 @@ def _open(storage: Storage, path: str) -> pa.NativeFile:
 
 @contextmanager
 def _faults(where: str) -> Iterator[None]:
-    """Turn what the CSV reader raises into an InputError that names the file."""
+    """Turn what the CSV reader raises into an error that names the file."""
     try:
         yield
     except pa.ArrowInvalid as error:
         problem = f"cannot be read as a table: {' '.join(str(error).split())}"
         raise InputError(Fault(where, problem, "tab-separated UTF-8 text with a heading")) from error
+    except OSError as error:
+        raise StorageError(Fault(where, f"cannot be read: {error}")) from error
 
 
 def _parse_options() -> csv.ParseOptions:
-    return csv.ParseOptions(delimiter=DELIMITER, quote_char=False)
+    return csv.ParseOptions(delimiter=DELIMITER, quote_char=False)  # a quotation mark is a letter like any other
 
 
 def _convert_options(columns: Mapping[str, str]) -> csv.ConvertOptions:

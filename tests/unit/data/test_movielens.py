@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import csv
 
 from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import movielens
@@ -23,12 +22,7 @@ def silent(done: int, total: int | None) -> None:
 
 def read_log(config: DataConfig, storage: Storage) -> pa.Table:
     raw = locate(config, storage)
-    tables = [
-        csv.read_csv(raw.storage.path(log), parse_options=raw.parse_options(), convert_options=raw.convert_options())
-        for log in raw.logs
-    ]
-    table = pa.concat_tables(tables)
-    return table.rename_columns([raw.columns[name] for name in table.column_names])
+    return pa.Table.from_batches([batch for log in raw.logs for batch in raw.batches(log)])
 
 
 def test_every_raw_value_stays_a_string(tmp_path: Path, write_raw) -> None:
