@@ -18,7 +18,7 @@ from the embeddings, weighted (1 - alpha) : alpha inside one softmax.
 Axes: B rows, H heads, T tokens, D head width, N blocks of all rows, Q queries and K keys of a block.
 """
 
-from dti_ray.model.attention.dispatch import NAME, Backend, choose_backend, make_plan, register
+from dti_ray.model.attention.dispatch import NAME, choose_backend, make_plan, register
 from dti_ray.model.attention.plan import AttentionPlan
 
-__all__ = ["NAME", "AttentionPlan", "Backend", "choose_backend", "make_plan", "register"]
+__all__ = ["NAME", "AttentionPlan", "choose_backend", "make_plan", "register"]

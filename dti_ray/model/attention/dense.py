@@ -33,14 +33,14 @@ class Dense:
         query = pad(query, (0, 0, sum(plan.sizes) - asked, 0))  # the last layer asks for [SUM]s alone
         copies = for_all_heads(copies, query.shape[1])
         masks = plan.copy_masks(self.mask, self.distance, len(copies))
-        flat_query = unrotate(query, plan.rotary).float()
         scores = []
         for (key, _), mask in zip(copies, masks, strict=True):
-            flat = flat_query @ unrotate(key, plan.rotary).float().mT
             score = query.float() @ key.float().mT
-            score[:, :, prefix:, :prefix] = flat[:, :, prefix:, :prefix]
-            if plan.debias.rotary == "drop":
-                score[:, :, sums:] = flat[:, :, sums:]
+            if prefix or plan.debias.rotary == "drop":
+                flat = unrotate(query, plan.rotary).float() @ unrotate(key, plan.rotary).float().mT
+                score[:, :, prefix:, :prefix] = flat[:, :, prefix:, :prefix]
+                if plan.debias.rotary == "drop":
+                    score[:, :, sums:] = flat[:, :, sums:]
             score = score * scaling
             if plan.debias.strength > 0:
                 score[:, :, sums:] += plan.position_bias(self.distance, query.shape[1])[:, :, sums:]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, Protocol
+from functools import cache
+from typing import Literal, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dti_ray.config import DebiasConfig, ResetConfig
+from dti_ray.errors import ConfigError, Fault
 from dti_ray.model.attention.banded import Banded
 from dti_ray.model.attention.dense import Dense
+from dti_ray.model.attention.flex import Flex
 from dti_ray.model.attention.plan import Attend, AttentionPlan, rotate
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Rules
 
 NAME = "dti"
-Backend = Literal["dense", "banded"]
-BACKENDS: dict[Backend, Callable[[AttentionPlan], Attend]] = {"dense": Dense, "banded": Banded}
+Backend = Literal["dense", "banded", "flex"]
+BACKENDS: dict[Backend, Callable[[AttentionPlan], Attend]] = {"dense": Dense, "banded": Banded, "flex": Flex}
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +47,27 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, lambda *_args, **_kwargs: None)
 
 
-def choose_backend(wanted: str) -> Backend:
+@cache  # so that each choice is logged once
+def choose_backend(wanted: str, device: str) -> Backend:
     """Say which backend computes, in one place.
 
     Args:
-        wanted: `model.attention`: auto, dense or banded.
+        wanted: `model.attention`: auto, dense, banded or flex.
+        device: type of the device that the batch lies on; a model is built on the CPU and moved later.
+
+    Raises:
+        ConfigError: the backend that is wanted has no kernels there.
     """
-    chosen: Backend = "dense" if wanted == "dense" else "banded"
-    log.info("attention: %s (%s)", chosen, "as configured" if wanted == chosen else "linear in the row's length")
+    chosen: Backend = "flex" if device == "cuda" else "banded"
+    reason = f"the one that is linear in the row's length on {device}"
+    if wanted in BACKENDS:
+        chosen, reason = cast("Backend", wanted), "as configured"
+    if chosen == "banded" and device != "cpu":
+        problem = f"got banded, whose kernels are for CPUs, on {device}"
+        raise ConfigError(Fault("model.attention", problem, "auto, flex or dense"))
+    log.info("attention: %s (%s)", chosen, reason)
+    if chosen == "flex" and device == "cpu":
+        log.warning("attention: flex on a CPU only scores, and makes T x T scores; auto would take banded")
     return chosen
 
 
@@ -60,13 +76,13 @@ def make_plan(
     rules: Rules,
     debias: DebiasConfig,
     reset: ResetConfig,
-    backend: Backend,
+    attention: str,
     layers: nn.ModuleList,
     embeddings: Tensor,
 ) -> AttentionPlan:
-    """Return the plan of one forward pass; see `AttentionPlan` for the arguments."""
+    """Return the plan of one forward pass; see `AttentionPlan` for the arguments, `choose_backend` for attention."""
     plan = AttentionPlan(batch, rules, debias, reset, layers, embeddings)
-    plan.attend = BACKENDS[backend](plan)
+    plan.attend = BACKENDS[choose_backend(attention, batch.tokens.device.type)](plan)
     return plan
 
 

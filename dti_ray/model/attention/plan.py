@@ -18,7 +18,7 @@ from dti_ray.config import DebiasConfig, ResetConfig
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Rules, bias_slopes
 
-HIDDEN = float("-inf")
+HIDDEN = -1e30  # finite: a query that sees nothing of one part of its keys still has a log-sum-exp there
 Copy = tuple[Tensor, Tensor]  # keys and values [B, H, T, D]
 
 
@@ -82,7 +82,7 @@ class AttentionPlan:
             return [hidden]
         assert d is not None
         alpha = reset_weight(d, self.reset, self.rules.n).unsqueeze(-3)
-        return [hidden + torch.log1p(-alpha), hidden + torch.log(alpha)]
+        return [hidden + torch.log1p(-alpha).clamp(min=HIDDEN), hidden + torch.log(alpha).clamp(min=HIDDEN)]
 
     def position_bias(self, d: Int[Tensor, "*N Q K"], heads: int) -> Float[Tensor, "*N H Q K"]:
         """Return debias' -lambda * slope_h * g(d), in fp32: in bf16 far keys would vanish altogether."""
