@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -103,16 +103,26 @@ class ModelConfig(Section):
     name_or_path: str | None = Field(
         default=None, description="Hugging Face name or folder; null: the tiny Llama below, from scratch"
     )
+    gguf_file: str | None = Field(
+        default=None, description="GGUF file within name_or_path that holds weights and tokenizer; null: safetensors"
+    )
     hidden_size: PositiveInt = Field(default=128, description="width, from scratch only")
     layers: PositiveInt = Field(default=4, description="decoder layers, from scratch only")
     heads: PositiveInt = Field(default=4, description="attention heads, from scratch only")
     kv_heads: PositiveInt = Field(default=4, description="key/value heads, from scratch only")
     intermediate_size: PositiveInt = Field(default=384, description="width of the MLP, from scratch only")
     head: Literal["yes_no", "linear"] = Field(default="yes_no", description="two label rows, or one linear unit")
-    attention: Literal["auto", "dense", "banded"] = Field(default="auto", description="attention backend")
+    attention: Literal["auto", "dense", "banded", "flex"] = Field(
+        default="auto", description="attention backend; auto: flex on CUDA, banded on CPUs"
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="dropout of token embeddings while training (share)"
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute each layer again in the backward pass: less memory, one forward pass more"
+    )
+    compile: bool = Field(default=False, description="torch.compile for norms and MLPs while training")
+    liger: bool = Field(default=False, description="Liger's kernels for norms and MLPs while training; CUDA only")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -120,7 +130,31 @@ class ModelConfig(Section):
             raise ValueError("hidden_size must be a multiple of 2 x heads (rotary needs an even head width)")
         if self.heads % self.kv_heads:
             raise ValueError("heads must be a multiple of kv_heads")
+        if self.gguf_file is not None and self.name_or_path is None:
+            raise ValueError("gguf_file needs name_or_path, the folder or repository that it lies in")
+        if self.compile and self.liger:
+            raise ValueError("compile and liger both replace norms and MLPs; choose one")
         return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning: the decoder stays frozen, markers and head are trained."""
+
+    rank: PositiveInt | None = Field(default=None, description="rank of each adapter; null: train all weights")
+    alpha: PositiveInt = Field(default=32, description="adapters count alpha / rank times")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="dropout in front of adapters while training (share)"
+    )
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", min_length=1,
+        description="linear layers with an adapter: all-linear, or names such as q_proj,v_proj",
+    )  # fmt: skip
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        is_names = isinstance(value, str) and value not in ("", "all-linear")
+        return [name.strip() for name in str(value).split(",")] if is_names else value
 
 
 class DebiasConfig(Section):
@@ -169,6 +203,9 @@ class TrainConfig(Section):
     rows_per_pass: PositiveInt = Field(
         default=8, description="rows of one forward pass at most; more rows of a step are accumulated (count)"
     )
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="peak of one device (TFLOP/s), for MFU; null: its data sheet's, where that is known"
+    )
     log_targets: PositiveInt = Field(default=5_000, description="a line of metrics every so many targets (count)")
 
 
@@ -215,6 +252,7 @@ class RunConfig(Section):
     prompt: PromptConfig = PromptConfig()
     packing: PackingConfig = PackingConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     debias: DebiasConfig = DebiasConfig()
     reset: ResetConfig = ResetConfig()
     optim: OptimConfig = OptimConfig()

@@ -8,30 +8,23 @@ rows of the LM head are ever computed, and both are trained whatever else is fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
-from dti_ray.config import ModelConfig, RunConfig
+from dti_ray.config import RunConfig
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import ConfigError, Fault
-from dti_ray.model.attention import NAME, AttentionPlan, Backend, choose_backend, make_plan, register
+from dti_ray.errors import Fault, InputError
+from dti_ray.model.attention import AttentionPlan, make_plan
 from dti_ray.model.batch import PackedBatch
+from dti_ray.model.decoder import INITIAL_STD, MARKERS, check_architecture, make_decoder
+from dti_ray.model.lora import add_adapters
 from dti_ray.model.masks import Rules
-
-MARKERS = 3
-INITIAL_STD = 0.02
 
 
 class ClickModel(nn.Module):
@@ -54,7 +47,7 @@ class ClickModel(nn.Module):
         config: RunConfig,
     ) -> None:
         super().__init__()
-        _check_architecture(decoder)
+        check_architecture(decoder)
         self.decoder = decoder
         self.markers = nn.Embedding(MARKERS, markers.shape[1], _weight=markers.clone())
         self.head = LabelHead(label_rows, config.model.head)
@@ -62,14 +55,33 @@ class ClickModel(nn.Module):
         self.rules = Rules.of(config.packing)
         self.debias, self.reset = config.debias, config.reset
         self.dropout = nn.Dropout(config.model.dropout)
-        self.backend: Backend = choose_backend(config.model.attention)
+        self.attention = config.model.attention
         layers = _layers(decoder)
         for layer in layers:
-            layer.register_forward_pre_hook(_remember_rotary, with_kwargs=True)
+            layer.register_forward_pre_hook(_hand_on_angles, with_kwargs=True)
+            layer.get_submodule("self_attn").register_forward_pre_hook(_tell_plan, with_kwargs=True)
         layers[-1].register_forward_pre_hook(_keep_sums_only, with_kwargs=True)
         if config.reset.mode == "uniform":
             for layer in layers[:-1]:
                 layer.register_forward_hook(_reset_uniformly, with_kwargs=True)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what training changes, by name: all weights, or under LoRA adapters, markers and head."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trained(self, weights: Mapping[str, Tensor]) -> None:
+        """Set everything that training changes.
+
+        Raises:
+            InputError: a weight is missing, superfluous, empty or of another shape.
+        """
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.trained().items()}
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if odd:
+            problem = f"{len(odd)} weights do not fit the model, {odd[0]} first: shape {found.get(odd[0])}"
+            raise InputError(Fault("checkpoint", problem, f"{wanted.get(odd[0])}", "was it written by this run?"))
+        self.load_state_dict(weights, strict=False)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "B S"]:
         """Return the log-odds of a click at every [SUM], padding included."""
@@ -79,7 +91,7 @@ class ClickModel(nn.Module):
         """Return the states at every [SUM], after the decoder's last norm."""
         embeddings = self.dropout(self.embed(batch.tokens))
         layers = _layers(self.decoder)
-        plan = make_plan(batch, self.rules, self.debias, self.reset, self.backend, layers, embeddings)
+        plan = make_plan(batch, self.rules, self.debias, self.reset, self.attention, layers, embeddings)
         states = self.decoder(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False, dti=plan)
         return states.last_hidden_state
 
@@ -119,82 +131,16 @@ def build_model(config: RunConfig, table: TokenTable) -> ClickModel:
     """Build the model that a run trains, the same for the same seed.
 
     Raises:
-        ConfigError: the name cannot be loaded, or the architecture lacks what our attention needs.
+        ConfigError: the name cannot be loaded, or the architecture lacks what attention or adapters need.
     """
-    register()
+    seed = config.train.seed
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.train.seed, "weights"))
-        if config.model.name_or_path is not None:
-            return _from_pretrained(config, table)
-        decoder = LlamaModel._from_config(_tiny_llama(config.model, table), attn_implementation=NAME)
-        label_rows, markers = (torch.randn(n, config.model.hidden_size) * INITIAL_STD for n in (2, MARKERS))
-        return ClickModel(decoder, label_rows, markers, table.vocabulary, config)
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a decoder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name_or_path, error) from None
-
-
-def _tiny_llama(config: ModelConfig, table: TokenTable) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=table.vocabulary,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        initializer_range=INITIAL_STD,
-        pad_token_id=None,
-        use_cache=False,
-    )
-
-
-def _from_pretrained(config: RunConfig, table: TokenTable) -> ClickModel:
-    name = config.model.name_or_path
-    assert name is not None
-    try:
-        whole = AutoModelForCausalLM.from_pretrained(name, attn_implementation=NAME, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from None
-    summary, no, yes = table.marker_ids
-    embed, output = whole.get_input_embeddings(), whole.get_output_embeddings()
-    assert output is not None  # what is loaded has an LM head
-    with torch.no_grad():
-        labels = embed(torch.tensor([no, yes]))
-        summaries = labels.mean(0, keepdim=True) if summary is None else embed(torch.tensor([summary]))
-        label_rows = output.weight[[no, yes]].clone()
-    return ClickModel(whole.get_decoder(), label_rows, torch.cat([summaries, labels]), table.vocabulary, config)
-
-
-def _not_loadable(name: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(
-        Fault("model.name_or_path", f"got {name!r}: {reason}", "a folder or a name of a Hugging Face decoder")
-    )
-
-
-def _check_architecture(decoder: PreTrainedModel) -> None:
-    layers = getattr(decoder, "layers", None)
-    needed = ("k_proj", "v_proj", "head_dim", "layer_idx")
-    fits = layers is not None and all(
-        hasattr(layer, "input_layernorm") and all(hasattr(layer.self_attn, name) for name in needed) for layer in layers
-    )
-    if not fits or not hasattr(decoder, "rotary_emb"):
-        raise ConfigError(
-            Fault(
-                "model.name_or_path",
-                f"{type(decoder).__name__} has another inner structure",
-                "a rotary decoder such as Llama, Qwen, Mistral or Gemma",
-            )
-        )
+        torch.manual_seed(derive_seed(seed, "weights"))
+        parts = make_decoder(config.model, table)
+        model = ClickModel(parts.decoder, parts.label_rows, parts.markers, table.vocabulary, config)
+        if config.lora.rank is not None:
+            add_adapters(parts.decoder, config.lora, derive_seed(seed, "adapters"))
+    return model
 
 
 def _layers(decoder: PreTrainedModel) -> nn.ModuleList:
@@ -203,27 +149,42 @@ def _layers(decoder: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def _remember_rotary(_module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the plan the angles of this very layer: Gemma has two kinds."""
-    plan = kwargs["dti"]
-    assert isinstance(plan, AttentionPlan)
+def _hand_on_angles(
+    _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Give a layer's attention the angles of all tokens: Gemma has two kinds, the last layer is handed a part."""
+    rows = len(kwargs["dti"].batch.tokens)
     cos, sin = kwargs["position_embeddings"]
-    rows = len(plan.batch.tokens)
-    plan.rotary = (cos.expand(rows, -1, -1), sin.expand(rows, -1, -1))
+    return args, {**kwargs, "dti_rotary": (cos.expand(rows, -1, -1), sin.expand(rows, -1, -1))}
 
 
 def _keep_sums_only(
-    _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]
-) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+    _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Hand the last layer [SUM] states alone: from the other tokens it needs keys and values, nothing else."""
     plan = kwargs["dti"]
     assert isinstance(plan, AttentionPlan)
     states, *rest = args
     sums = plan.batch.after.shape[1]
-    plan.last_states = states
-    angles = tuple(part[:, -sums:] for part in plan.rotary)
-    changed = {**kwargs, "position_embeddings": angles, "position_ids": plan.batch.positions[:, -sums:]}
+    changed = {
+        **kwargs,
+        "position_embeddings": tuple(part[:, -sums:] for part in kwargs["dti_rotary"]),
+        "position_ids": plan.batch.positions[:, -sums:],
+        "dti_last_states": states,
+    }
     return (states[:, -sums:], *rest), changed
+
+
+def _tell_plan(_module: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    """Set what the plan holds of the layer at hand, immediately before it attends.
+
+    The values travel with the layer's call, and this hook sits inside the layer: whoever runs a layer again, as
+    gradient checkpointing does in the backward pass and in reverse order, sets them again.
+    """
+    plan = kwargs["dti"]
+    assert isinstance(plan, AttentionPlan)
+    plan.rotary = kwargs["dti_rotary"]
+    plan.last_states = kwargs.get("dti_last_states")
 
 
 def _reset_uniformly(

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dti_ray.config import OptimConfig, RunConfig
+from dti_ray.errors import Fault, RunError
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import PackedBatch
+from dti_ray.model.speed import speed_up
 
 TORCH_STATE = "engine.pt"
 TAG = "engine"
@@ -27,6 +29,7 @@ class Engine(Protocol):
     """What the loop needs of whoever owns weights and optimizer."""
 
     device: torch.device
+    model: ClickModel
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return log-odds [B, S]."""
@@ -65,19 +68,24 @@ def build_engine(model: ClickModel, config: RunConfig, passes: int, device: torc
         config: of the run.
         passes: forward passes of one step on this rank.
         device: of this rank.
+
+    Raises:
+        ConfigError: `model.liger` cannot be had here.
     """
+    speed_up(model.decoder, config.model, device)
     if config.train.engine == "torch":
         return TorchEngine(model, config, device)
     return DeepSpeedEngine(model, config, passes, device)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, object]]:
-    """Return matrices with weight decay, and all else (norms, biases) without."""
+    """Return matrices with weight decay, and all else (norms, biases) without; LoRA has no such else."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    groups: list[dict[str, object]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
@@ -121,7 +129,7 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: p.detach().cpu() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: parameter.detach().cpu() for name, parameter in self.model.trained().items()}
 
     def save(self, folder: Path) -> None:
         """See `Engine`."""
@@ -131,7 +139,7 @@ class TorchEngine:
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         state = torch.load(folder / TORCH_STATE, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["weights"], strict=False)
+        self.model.load_trained(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -184,9 +192,13 @@ class DeepSpeedEngine:
         """See `Engine`."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with GatheredParameters(list(trainable.values()), enabled=self.zero_stage == 3):
-            return {name: p.detach().float().cpu().clone() for name, p in trainable.items()}
+        trained = self.model.trained()
+        with GatheredParameters(list(trained.values()), enabled=self.zero_stage == 3):
+            weights = {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
+        empty = [name for name, weight in weights.items() if weight.numel() == 0]
+        if empty:  # known of ZeRO 3 with adapters; such a checkpoint would be worth nothing
+            raise RunError(Fault("checkpoint", f"{len(empty)} weights are empty, {empty[0]} first"))
+        return weights
 
     def save(self, folder: Path) -> None:
         """See `Engine`."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_weights
+from safetensors.torch import save as save_weights
 
 from dti_ray.config import RunConfig
 from dti_ray.data.packing import PackedRow, pack
@@ -21,6 +23,7 @@ from tests.builders import make_config, make_sequences, make_table, train_spec
 
 STEPS = 4
 LR = 3e-3
+ADAPTER_LR = 3e-4  # the frozen base is random
 TOLERANCE = 2e-5  # relative, after STEPS updates in fp32: sums are added in another order
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -36,7 +39,12 @@ def _config(stage: int, precision: str = "fp32") -> RunConfig:
     return make_config("model.layers=2", f"train.zero_stage={stage}", f"train.precision={precision}")
 
 
-def train_some(engine: Engine, rank: int, world: int, passes: int) -> list[float]:
+def _adapter_config(*overrides: str) -> RunConfig:
+    wide = ["model.hidden_size=128", "model.intermediate_size=512", "model.layers=2"]
+    return make_config(*wide, "lora.rank=2", "train.zero_stage=3", *overrides)
+
+
+def train_some(engine: Engine, rank: int, world: int, passes: int, lr: float = LR) -> list[float]:
     """Train the same rows STEPS times, dealt to ranks and passes; return this rank's summed losses."""
     rows, table = _rows(), make_table()
     mine = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
@@ -50,7 +58,7 @@ def train_some(engine: Engine, rank: int, world: int, passes: int) -> list[float
             loss = loss_sum(engine.forward(batch), batch.labels, batch.is_target)
             engine.backward(loss / targets)
             total += float(loss.detach())
-        engine.step(LR)
+        engine.step(lr)
         losses.append(total)
     return losses
 
@@ -80,9 +88,43 @@ def deepspeed_worker(rank: int, world: int, folder: str) -> None:
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
 
 
-def _run_workers(world: int, folder: Path) -> dict[str, list[float]]:
+def adapter_worker(rank: int, world: int, folder: str) -> None:
+    """One rank: adapters under ZeRO 3 with layers computed again, under 1 and 2, then saved and loaded under 3."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/rendezvous")
+    device, results = torch.device("cpu"), {}
+    config = _adapter_config("model.gradient_checkpointing=true")
+    engine = build_engine(build_model(config, make_table()), config, 1, device)
+    results["computed again"] = train_some(engine, rank, world, 1, ADAPTER_LR)
+    for stage in (1, 2):
+        config = _adapter_config(f"train.zero_stage={stage}")
+        engine = build_engine(build_model(config, make_table()), config, 2, device)
+        results[f"stage {stage}"] = train_some(engine, rank, world, 2, ADAPTER_LR)
+    config = _adapter_config()
+    engine = build_engine(build_model(config, make_table()), config, 4, device)
+    results["4 passes"] = train_some(engine, rank, world, 4, ADAPTER_LR)
+    saved, weights = Path(folder) / "state", engine.weights()
+    engine.save(saved)
+    torch.distributed.barrier()
+    results["bytes"] = [float(sum(path.stat().st_size for path in saved.rglob("*.pt")) / world)]
+    fresh = build_engine(build_model(config, make_table()), config, 4, device)
+    fresh.load(saved)
+    loaded = fresh.weights()
+    assert weights.keys() == loaded.keys() == build_model(config, make_table()).trained().keys()
+    for name, weight in weights.items():
+        assert weight.numel() > 0, name
+        assert weight.abs().max() > 0, name
+        assert torch.equal(weight, loaded[name]), name
+    results["goes on"] = train_some(engine, rank, world, 4, ADAPTER_LR)
+    results["resumed"] = train_some(fresh, rank, world, 4, ADAPTER_LR)
+    if rank == 0:
+        Path(folder, "weights.safetensors").write_bytes(save_weights(weights))
+    Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))
+
+
+def _run_workers(world: int, folder: Path, worker: str = "deepspeed_worker") -> dict[str, list[float]]:
     """Run the ranks as processes of their own; return losses summed over ranks."""
-    code = "import sys; from tests.integration.test_engines import deepspeed_worker as w; "
+    code = f"import sys; from tests.integration.test_engines import {worker} as w; "
     code += "w(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
     ranks = [
         subprocess.Popen(
@@ -112,3 +154,24 @@ def test_law_8_losses_are_equal_for_every_stage_worker_count_and_accumulation(tm
                 assert found[f"{stage} {passes}"] == pytest.approx(expected, rel=TOLERANCE)
             assert found[f"{stage} resumed"] == pytest.approx(found[f"{stage} goes on"], rel=TOLERANCE)
         assert found["bf16"] == pytest.approx(expected, rel=0.02)
+
+
+def test_law_8_adapters_under_zero_give_equal_losses_and_a_checkpoint_of_themselves_alone(tmp_path: Path) -> None:
+    config = _adapter_config()
+    model = build_model(config, make_table())
+    engine = TorchEngine(model, config, torch.device("cpu"))
+    expected = train_some(engine, 0, 1, 1, ADAPTER_LR)
+    assert expected[-1] < 0.999 * expected[0], "something was learnt"
+    found = _run_workers(2, tmp_path, "adapter_worker")
+    for key in ("stage 1", "stage 2", "4 passes", "computed again"):
+        assert found[key] == pytest.approx(expected, rel=TOLERANCE)
+    assert found["resumed"] == pytest.approx(found["goes on"], rel=TOLERANCE)
+    frozen_bytes = 4 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert found["bytes"][0] < frozen_bytes / 2, "the frozen base is not in it"
+
+    reader = build_model(config, make_table())
+    reader.load_trained(load_weights((tmp_path / "weights.safetensors").read_bytes()))
+    again = TorchEngine(reader, config, torch.device("cpu"))
+    assert train_some(again, 0, 1, 1, ADAPTER_LR)[0] == pytest.approx(
+        train_some(engine, 0, 1, 1, ADAPTER_LR)[0], rel=TOLERANCE
+    )

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import TEST, TRAIN, UserSequences
-from dti_ray.data.packing import PackedRow, pack
+from dti_ray.data.packing import PackedRow, end_to_end, pack
 from dti_ray.data.prompts import NO, YES
 from dti_ray.model.attention import NAME, register
 from dti_ray.model.backbone import ClickModel
@@ -213,5 +213,6 @@ def test_law_5_logits_do_not_depend_on_row_mates_their_order_or_padding(backend:
     unpadded: dict[tuple[int, int], float] = {}
     for row in rows:
         unpadded |= score(model, [row], table)
-    for other in (shuffled, many_rows, unpadded):
+    joined = score(model, [end_to_end(rows)], table)
+    for other in (shuffled, many_rows, unpadded, joined):
         assert largest_difference(one_row, other) < TOLERANCE

@@ -9,6 +9,7 @@ from dti_ray.config import RunConfig
 from dti_ray.data.interactions import open_dataset
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.errors import StorageError
+from dti_ray.infer.evaluate import evaluate_run
 from dti_ray.model.backbone import build_model
 from dti_ray.storage import Storage
 from dti_ray.telemetry import Line, read_lines
@@ -83,6 +84,23 @@ def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_w
     assert found == expected
 
 
+def test_run_with_adapters_goes_on_and_is_scored_from_adapters_alone(tmp_path: Path) -> None:
+    for name in ("whole", "stopped"):
+        write_dataset(tmp_path / name, LENGTHS)
+    overrides = ("lora.rank=2", "lora.dropout=0.1", "optim.lr=0.01")
+    _, whole = train(tiny_run(tmp_path / "whole", *overrides))
+    config = tiny_run(tmp_path / "stopped", *overrides)
+    with pytest.raises(StoppedError):
+        train(config, stop_after_step=9)
+    _, resumed = train(config)
+    assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in whole.weights().items())
+    storage = Storage(config.storage.root)
+    kept = checkpoint.best(checkpoint.list_checkpoints(storage, "runs/run"))
+    assert all("lora_" in name or not name.startswith("decoder") for name in checkpoint.read_weights(storage, kept))
+    evaluation = evaluate_run(config, storage, make_table(), "valid", lambda _done, _all: None)
+    assert evaluation.metrics.auc.value == pytest.approx(kept.progress.valid_auc, abs=1e-9)
+
+
 def test_same_seed_gives_the_same_run_and_another_seed_another_one(tmp_path: Path) -> None:
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -131,3 +149,12 @@ def test_learning_rate_rises_then_falls_to_its_final_share() -> None:
     assert learning_rate(0.1, optim) == pytest.approx(1.0)
     assert learning_rate(0.55, optim) == pytest.approx(0.525)
     assert learning_rate(1.0, optim) == pytest.approx(0.05)
+
+
+def test_utilisation_is_flops_over_the_stated_peak(tmp_path: Path) -> None:
+    write_dataset(tmp_path, LENGTHS)
+    train(tiny_run(tmp_path, "train.run=known", "train.peak_tflops=0.5", "optim.epochs=1"))
+    train(tiny_run(tmp_path, "train.run=unknown", "optim.epochs=1"))
+    storage = Storage(str(tmp_path))
+    assert all(0 < line["mfu"] < 1 for line in read_lines(storage, "runs/known", "train"))
+    assert not any("mfu" in line for line in read_lines(storage, "runs/unknown", "train"))
