@@ -13,7 +13,7 @@ that it may not see (its own number if ordered, the first of its second if stric
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -133,6 +133,25 @@ def check_capacity(spec: PackSpec, table: TokenTable, where: str = "packing.row_
                 "raise it, or lower packing.k, packing.n or prompt.max_item_tokens",
             )
         )
+
+
+def end_to_end(rows: Sequence[PackedRow]) -> PackedRow:
+    """Lay rows one after another as one long row, its prompts numbered anew; the prefix is there once.
+
+    Prompts never see each other and all read the same prefix, so the predictions are those of the rows apart,
+    and a batch of rows of different length needs no padding.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    prompts = np.cumsum([0, *(int(row.prompt.max(initial=0)) for row in rows)])
+    tokens = np.cumsum([0, *(len(row.tokens) for row in rows)])
+    moved = [
+        replace(row, prompt=row.prompt + before, after=row.after + begin)
+        for row, before, begin in zip(rows, prompts[:-1].tolist(), tokens[:-1].tolist(), strict=True)
+    ]
+    names = ("tokens", "positions", "prompt", "interaction", "cut", "after", "labels", "users")
+    arrays = {name: np.concatenate([getattr(row, name) for row in moved]) for name in names}
+    return PackedRow(**arrays, prefix_tokens=max(row.prefix_tokens for row in rows))
 
 
 def pack(

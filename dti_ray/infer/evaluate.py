@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import SPLITS, UserSequences, open_dataset, read_all
-from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import Fault, IncompleteError
@@ -110,7 +110,7 @@ def score_rows(
     """Score packed rows; targets come out in the order in which they were packed."""
     parts: list[Scores] = []
     for some in _batched(rows, rows_per_pass):
-        batch = collate(some, table).to(device)
+        batch = collate([end_to_end(some)], table).to(device)
         log_odds = forward(batch)[batch.is_target].double().cpu().numpy()
         interaction = batch.interaction.gather(1, batch.after)[batch.is_target].cpu().numpy()
         users, labels = (np.concatenate([getattr(row, name) for row in some]) for name in ("users", "labels"))

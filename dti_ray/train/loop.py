@@ -17,12 +17,13 @@ import torch
 
 from dti_ray.config import OptimConfig, RunConfig
 from dti_ray.data.interactions import read_all
-from dti_ray.data.packing import PackedRow
+from dti_ray.data.packing import PackedRow, end_to_end
 from dti_ray.data.pipeline import EMPTY_ROW, StepRows, TrainingRows
 from dti_ray.data.plan import Position, derive_seed
 from dti_ray.infer.evaluate import join, score_rows, sliding_rows
 from dti_ray.metrics import auc, log_loss
 from dti_ray.model.batch import collate
+from dti_ray.model.flops import count_flops, count_work, peak_flops
 from dti_ray.model.loss import loss_sum
 from dti_ray.storage import Storage
 from dti_ray.telemetry import Line, MetricSink
@@ -42,6 +43,7 @@ class Tally:
     targets: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    flops: int = 0
     wait_s: float = 0.0
     since: float = 0.0
 
@@ -83,6 +85,8 @@ class Trainer:
         self.engine, self.world, self.report = engine, world, report
         self.folder = f"runs/{config.train.run}"
         self.passes = passes_per_step(config, rows, world.size)
+        stated = config.train.peak_tflops
+        self.peak_flops = peak_flops(engine.device) if stated is None else stated * 1e12
         self.validation = sliding_rows(
             read_all(rows.dataset), rows.table, config, "valid", config.eval.max_valid_targets
         )[world.rank :: world.size]
@@ -134,14 +138,18 @@ class Trainer:
         """Run all passes of one step and apply the gradient; return its norm."""
         torch.manual_seed(derive_seed(self.config.train.seed, "dropout", step.epoch, step.number, self.world.rank))
         self.engine.set_training(True)
-        for rows in _split(step.rows, self.passes):
-            batch = collate(rows, self.rows.table).to(self.engine.device)
+        for row in map(end_to_end, _split(step.rows, self.passes)):
+            batch = collate([row], self.rows.table)
+            if self.peak_flops is not None:
+                work = count_work(batch, self.engine.model.rules)
+                tally.flops += count_flops(self.engine.model, work).train
+            batch = batch.to(self.engine.device)
             total = loss_sum(self.engine.forward(batch), batch.labels, batch.is_target)
             self.engine.backward(total / max(1, step.global_targets))
             tally.loss += float(total.detach())
+            tally.targets += row.targets
+            tally.tokens += row.size_tokens
             tally.padded_tokens += batch.tokens.numel()
-        tally.targets += sum(row.targets for row in step.rows)
-        tally.tokens += sum(row.size_tokens for row in step.rows)
         tally.wait_s += step.wait_s
         return self.engine.step(lr)
 
@@ -159,8 +167,8 @@ class Trainer:
     def log(self, sink: MetricSink | None, tally: Tally, progress: Progress, lr: float, grad_norm: float) -> None:
         """Report the means since the last line, over all ranks."""
         elapsed = time.monotonic() - tally.since
-        loss, targets, tokens, padded, wait = self.world.sum(
-            (tally.loss, tally.targets, tally.tokens, tally.padded_tokens, tally.wait_s)
+        loss, targets, tokens, padded, wait, flops = self.world.sum(
+            (tally.loss, tally.targets, tally.tokens, tally.padded_tokens, tally.wait_s, tally.flops)
         )
         line: Line = {
             "step": progress.step,
@@ -175,6 +183,8 @@ class Trainer:
             "data_wait": wait / self.world.size / elapsed,
             "seconds": progress.seconds,
         }
+        if self.peak_flops is not None:
+            line["mfu"] = flops / (elapsed * self.world.size * self.peak_flops)
         self.tell(sink, "train", line, progress)
 
     def validate_and_save(self, sink: MetricSink | None, progress: Progress) -> Progress:

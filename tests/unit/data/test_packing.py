@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from dti_ray.config import load_config
 from dti_ray.data.interactions import TEST, TRAIN, VALID, UserSequences
-from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
 from dti_ray.data.prompts import NO, YES, TokenTable
 from dti_ray.errors import ConfigError
-from tests.builders import make_sequences, make_table
+from tests.builders import make_config, make_sequences, make_table, train_spec
 
 ROOMY = 100_000
 
@@ -336,3 +336,21 @@ def test_spec_takes_the_configuration_and_sliding_is_one_target_a_prompt() -> No
     assert spec == PackSpec(k=None, n=8, strictly_earlier=True, min_context=3, row_tokens=99, split=VALID)
     assert spec.sliding() == replace(spec, k=1)
     assert pack_spec(load_config([], ["packing.k=6"]).packing, "ordered", TRAIN).k == 6
+
+
+def test_rows_end_to_end_are_one_row_with_the_same_prompts() -> None:
+    table, config = make_table(prefix=3), make_config("packing.n=4")
+    rows = list(pack(make_sequences([14, 5, 23]), table, train_spec(config, k=5, row_tokens=80)))
+    assert len(rows) > 2
+    joined = end_to_end(rows)
+    assert joined.size_tokens == sum(row.size_tokens for row in rows) - 3 * (len(rows) - 1)
+    assert sorted(set(joined.prompt.tolist())) == list(range(1, 1 + sum(int(row.prompt.max()) for row in rows)))
+    begin = first = 0
+    for row in rows:
+        end, last = begin + len(row.tokens), first + row.targets
+        assert (joined.tokens[begin:end] == row.tokens).all()
+        assert (joined.prompt[begin:end] - row.prompt == joined.prompt[begin] - 1).all()
+        assert (joined.after[first:last] == row.after + begin).all()
+        assert (joined.users[first:last] == row.users).all()
+        begin, first = end, last
+    assert end_to_end(rows[:1]) is rows[0]
