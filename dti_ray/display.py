@@ -6,6 +6,7 @@ machine-readable line.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # a wrong option must not wait for torch
     from dti_ray.data.interactions import Dataset
+    from dti_ray.estimate import Cost
     from dti_ray.infer.evaluate import Evaluation
     from dti_ray.metrics import Estimate, Metrics
     from dti_ray.telemetry import Line
@@ -94,7 +96,8 @@ class TrainingView:
         console.print(
             f"step {line['step']:>6}  targets {line['targets']:>9,}/{self.total:,}  loss {line['loss']:.4f}  "
             f"{line['targets_per_s']:>6,.0f} targets/s  {line['tokens_per_s']:>7,.0f} tokens/s  "
-            f"wait {line['data_wait']:.1%}  {_duration(left_s)} left"
+            f"padding {line['padding']:.1%}  wait {line['data_wait']:.1%}  "
+            f"{'mfu ' + format(line['mfu'], '.1%') + '  ' if 'mfu' in line else ''}{_duration(left_s)} left"
         )
         self.bar.update(int(line["targets"]))
 
@@ -127,6 +130,50 @@ def show_evaluation(evaluation: Evaluation) -> None:
     console.print(table)
     left_out = evaluation.metrics.gauc_users_left_out
     console.print(f"95 % intervals by a bootstrap over users; {left_out} users with one class only are not in GAUC")
+
+
+def show_bench(what: str, rows: Sequence[Mapping[str, object]], facts: Mapping[str, object]) -> None:
+    """Print one line per case, and what all cases share."""
+    table = Table(
+        title=f"{what}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), title_justify="left"
+    )
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(_figure(name, value) for name, value in row.items()))
+    console.print(table)
+
+
+def show_costs(costs: Sequence[Cost], gpu: str, memory_gb: int, mfu: float) -> None:
+    """Print the sliding window beside the configuration's k, parts of the memory included."""
+    table = Table(title=f"{gpu} of {memory_gb} GB, MFU {mfu:.0%} (assumed)", title_justify="left")
+    table.add_column("")
+    for cost in costs:
+        table.add_column("sliding window" if cost.k == 1 else f"k = {cost.k}", justify="right")
+    lines: dict[str, Callable[[Cost], str]] = {
+        "tokens (M)": lambda cost: f"{cost.tokens / 1e6:,.1f}",
+        "FLOPs (P)": lambda cost: f"{cost.flops / 1e15:,.3g}",
+        "GPU-hours": lambda cost: f"{cost.device_hours:,.3g}",
+        "tokens of a pass": lambda cost: f"{cost.pass_tokens:,}",
+        **{f"{part} (GB)": _gigabytes(part) for part in ("weights", "gradients", "optimizer", "activations", "logits")},
+        "sum (GB)": _gigabytes("total"),
+        "fits": lambda cost: "yes" if cost.memory.total <= memory_gb * 1e9 else "no",
+    }
+    for name, cell in lines.items():
+        table.add_row(name, *(cell(cost) for cost in costs))
+    console.print(table)
+
+
+def _gigabytes(part: str) -> Callable[[Cost], str]:
+    return lambda cost: f"{getattr(cost.memory, part) / 1e9:,.3f}"
+
+
+def _figure(name: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if name in ("padding", "spread"):
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _interval(metrics: Metrics, field: str) -> str:

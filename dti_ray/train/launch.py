@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import ray
 import ray.train
-import torch
 from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -23,19 +22,22 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.config import RunConfig, StorageConfig
-from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, read_items
+from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
-from dti_ray.data.prompts import TokenTable, catalogue_tokenizer, item_texts, stored_tokenizer, token_table
+from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import DtiRayError, Fault, InputError, RunError
 from dti_ray.infer.evaluate import sliding_spec
-from dti_ray.model.backbone import build_model, load_tokenizer
+from dti_ray.model.backbone import build_model
+from dti_ray.model.decoder import absolute_name
 from dti_ray.storage import Storage, absolute
 from dti_ray.telemetry import Line
 from dti_ray.train.checkpoint import Progress, list_checkpoints
 from dti_ray.train.engine import build_engine
+from dti_ray.train.host import settle
 from dti_ray.train.identity import check_same_run, write_identity
 from dti_ray.train.loop import Trainer, passes_per_step
+from dti_ray.train.tokens import tokenizer_and_table
 from dti_ray.train.world import World
 
 OnLine = Callable[[str, Line], None]
@@ -71,7 +73,8 @@ def check_launch(config: RunConfig) -> Launch:
         InputError: the data set is not prepared, has no training targets, or the run's name is taken.
         StorageError: the root cannot be reached or written.
     """
-    config = config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root))})
+    model = config.model.model_copy(update={"name_or_path": absolute_name(config.model.name_or_path)})
+    config = config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root)), "model": model})
     storage = Storage(config.storage.root)
     storage.check_writable()
     check_same_run(config, storage)
@@ -83,21 +86,6 @@ def check_launch(config: RunConfig) -> Launch:
     check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), table)
     check_capacity(sliding_spec(config, "valid"), table, where="eval.row_tokens")
     return Launch(config, storage, dataset, table, tokenizer)
-
-
-def tokenizer_and_table(
-    config: RunConfig, storage: Storage, dataset: Dataset
-) -> tuple[PreTrainedTokenizerBase, TokenTable]:
-    """Return the run's tokenizer (its stored one if it was built from a catalogue) and the tokenised catalogue."""
-    texts = item_texts(read_items(dataset), config.prompt.item_template)
-    stored = f"runs/{config.train.run}/tokenizer.json"
-    if config.model.name_or_path is not None:
-        tokenizer = load_tokenizer(config.model.name_or_path)
-    elif storage.exists(stored):
-        tokenizer = stored_tokenizer(storage.read(stored).decode(), config.prompt)
-    else:
-        tokenizer = catalogue_tokenizer(texts, config.prompt)
-    return tokenizer, token_table(texts, tokenizer, config.prompt)
 
 
 def launch(job: Launch, on_line: OnLine) -> Progress:
@@ -198,8 +186,7 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
     parts = job["parts"]
     config, table = parts.config, ray.get(parts.table)
     device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    settle(device, threads=max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(config.storage.root)
     dataset = open_dataset(storage, config.data.name)
     rows = TrainingRows(dataset, table, config, through_ray=True)

@@ -27,6 +27,37 @@ def test_core_imports_where_ray_and_deepspeed_are_missing() -> None:
     )
 
 
+ONE_STEP = """
+import sys
+sys.modules["ray"] = sys.modules["deepspeed"] = None
+from tests.builders import make_config, make_sequences, make_table, train_spec
+from dti_ray.data.packing import pack
+from dti_ray.infer.evaluate import score_rows
+from dti_ray.model.backbone import build_model
+from dti_ray.model.batch import collate
+from dti_ray.model.loss import loss_sum
+from dti_ray.train.engine import build_engine
+import torch
+config, table = make_config("train.engine=torch", "cluster.workers=1", "model.layers=2"), make_table()
+rows = list(pack(make_sequences([9, 7]), table, train_spec(config)))
+engine = build_engine(build_model(config, table), config, 1, torch.device("cpu"))
+losses = []
+for _ in range(5):
+    batch = collate(rows, table)
+    loss = loss_sum(engine.forward(batch), batch.labels, batch.is_target)
+    engine.backward(loss / 16)
+    engine.step(1e-2)
+    losses.append(float(loss.detach()))
+scored = score_rows(engine.forward, rows, table, engine.device, 2)
+print(losses[-1] < losses[0], len(scored.predictions.label))
+"""
+
+
+@pytest.mark.slow
+def test_core_trains_and_scores_where_ray_and_deepspeed_are_missing() -> None:
+    assert run(ONE_STEP) == "True 16"
+
+
 def test_command_line_starts_without_heavy_packages() -> None:
     jobs = [f"jobs.{path.stem}" for path in sorted((ROOT / "jobs").glob("[a-z]*.py"))]
     found = run(f"import sys, dti_ray.cli, {', '.join(jobs)}; print([m for m in {HEAVY} if m in sys.modules])")

@@ -138,6 +138,8 @@ def test_value_out_of_range_names_its_path_what_was_got_and_what_was_expected(ov
     [
         (["data.train_fraction=0.9", "data.valid_fraction=0.1"], "train_fraction + valid_fraction"),
         (["model.hidden_size=100", "model.heads=8"], "hidden_size must be a multiple"),
+        (["model.gguf_file=a.gguf"], "gguf_file needs name_or_path"),
+        (["model.compile=true", "model.liger=true"], "choose one"),
         (["model.heads=4", "model.kv_heads=3"], "heads must be a multiple of kv_heads"),
         (["packing.streams=4", "cluster.workers=3"], "packing.streams must be a multiple of cluster.workers"),
         (["train.engine=torch", "cluster.workers=2"], "set cluster.workers=1"),
@@ -192,6 +194,16 @@ def test_quotes_make_a_text_of_an_override() -> None:
     assert (config.prompt.yes_token, config.train.run, config.prompt.no_token) == (" yes", "5", '"')
 
 
+def test_targets_of_adapters_are_a_list_in_yaml_and_separated_by_commas_in_an_override(tmp_path: Path) -> None:
+    file = write(tmp_path, "lora.yaml", "lora: {targets: [q_proj, v_proj]}\n")
+    for config in (load_config([file]), load_config([], ["lora.targets=q_proj, v_proj"])):
+        assert config.lora.targets == ("q_proj", "v_proj")
+        assert from_yaml(to_yaml(config)) == config
+    assert load_config([], ["lora.targets=all-linear"]).lora.targets == "all-linear"
+    (fault,) = faults_of("lora.targets=")
+    assert fault.startswith("lora.targets: got ''")
+
+
 def test_null_of_an_override_is_none() -> None:
     assert load_config([], ["data.label_threshold=null"]).data.label_threshold is None
 
@@ -240,7 +252,7 @@ def test_stored_yaml_that_does_not_fit_is_a_config_error(text: str) -> None:
         from_yaml(text)
 
 
-ONE_WORKER = load_config([], ["cluster.workers=1"])
+ONE_WORKER = load_config([], ["cluster.workers=1", "model.name_or_path=folder"])
 
 
 @pytest.mark.parametrize("key", list(leaves()))

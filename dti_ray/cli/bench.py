@@ -1,0 +1,159 @@
+"""Commands that measure and foretell: bench, estimate.
+
+Stage: top. In: options. Out: a table for a person, one line for a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dti_ray.cli.data import ensure_dataset
+from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
+from dti_ray.config import RunConfig
+from dti_ray.display import Bar, show_bench, show_costs
+from dti_ray.errors import ConfigError, Fault
+from dti_ray.storage import Storage
+
+if TYPE_CHECKING:  # a wrong option must not wait for torch
+    from dti_ray.data.interactions import Dataset
+    from dti_ray.data.prompts import TokenTable
+
+bench_app = typer.Typer(help="Measure speed: every figure is a ratio within one process.", no_args_is_help=True)
+
+Ks = Annotated[
+    list[str],
+    typer.Option("--k", help="targets of a prompt, or all; may be given several times", default_factory=list),
+]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="interleaved repetitions; medians are shown")]
+DEFAULT_KS = ("20", "50", "all")
+IN_ONE_PROCESS = ("train.engine=torch", "cluster.workers=1")
+
+
+@bench_app.command("train")
+def bench_train_command(
+    overrides: Overrides,
+    files: Files,
+    ks: Ks,
+    window: Annotated[str, typer.Option(help="packing.window of DTI: interactions, tokens or off")] = "interactions",
+    targets: Annotated[int, typer.Option(min=1, help="size of the sample, about (count)")] = 8192,
+    targets_per_step: Annotated[
+        int, typer.Option(min=1, help="targets of one optimizer step, the same for all (count)")
+    ] = 2048,
+    repeats: Repeats = 3,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the sliding window, padded and packed, and DTI, in turns on the same targets."""
+    config, dataset, table = _inputs(files, [*overrides, *IN_ONE_PROCESS, f"packing.window={window}"], root)
+    import torch
+
+    from dti_ray.bench.train import bench_train
+    from dti_ray.train.host import settle, training_device
+
+    device = training_device()
+    settle(device)
+    with Bar("training in turns", None) as bar:
+        rows = bench_train(
+            config, dataset, table, _parse_ks(ks),
+            targets=targets, targets_per_step=targets_per_step, repeats=repeats, device=device, done=bar.update,
+        )  # fmt: skip
+    facts = {
+        "window": window, "n": config.packing.n, "precision": config.train.precision, "device": str(device),
+        "threads": torch.get_num_threads(), "targets_per_step": targets_per_step, "repeats": repeats,
+    }  # fmt: skip
+    show_bench("training", [asdict(row) for row in rows], facts)
+    end(as_json, {"rows": [asdict(row) for row in rows], **facts})
+
+
+@bench_app.command("attention")
+def bench_attention_command(
+    overrides: Overrides,
+    files: Files,
+    row_tokens: Annotated[int, typer.Option(min=64, help="length of the row (tokens)")] = 4096,
+    repeats: Repeats = 5,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one layer's attention, forward and backward, against PyTorch's under a dense mask."""
+    config = load(files, ["packing.window=interactions", "packing.n=20", "train.precision=fp32", *overrides], root)
+    from dti_ray.bench.attention import bench_attention
+    from dti_ray.model.attention import choose_backend
+    from dti_ray.train.host import settle, training_device
+
+    device = training_device()
+    settle(device)
+    found = bench_attention(config, row_tokens, [choose_backend("auto", device.type)], repeats, device)
+    facts = {"row_tokens": found.row_tokens, "window": str(config.packing.window), "n": config.packing.n}
+    rows = [{"backend": name, "seconds": value, "speedup": found.speedup.get(name, 1.0)}
+            for name, value in found.seconds.items()]  # fmt: skip
+    show_bench("attention of one layer, forward + backward", rows, facts)
+    ratios = {f"{name}_over_dense": ratio for name, ratio in found.speedup.items()}
+    end(as_json, {**ratios, "seconds": found.seconds, **facts})
+
+
+@bench_app.command("pack")
+def bench_pack_command(
+    overrides: Overrides, files: Files, ks: Ks, repeats: Repeats = 3, root: Root = None, as_json: AsJson = False
+) -> None:
+    """Time packing on one core."""
+    config, dataset, table = _inputs(files, overrides, root)
+    from dti_ray.bench.pack import bench_pack
+
+    rows = bench_pack(config, dataset, table, _parse_ks(ks or [str(config.packing.k)]), repeats)
+    show_bench("packing", [asdict(row) for row in rows], {"row_tokens": config.packing.row_tokens})
+    end(as_json, {"targets_per_s_per_core": rows[0].targets_per_s_per_core, "rows": [asdict(row) for row in rows]})
+
+
+def estimate(
+    overrides: Overrides,
+    files: Files,
+    gpu: Annotated[str, typer.Option(help="device whose peak and memory count")] = "H100",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the peak that training reaches")] = 0.4,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Foretell tokens, FLOPs, GPU-hours and memory, for the sliding window and for this k; needs no GPU."""
+    config, dataset, table = _inputs(files, overrides, root)
+    from dti_ray.estimate import estimate as run_estimate
+    from dti_ray.model.flops import GPUS
+
+    if gpu not in GPUS:
+        raise ConfigError(Fault("--gpu", f"got {gpu!r}", f"one of {', '.join(GPUS)}"))
+    device = GPUS[gpu]
+    costs = run_estimate(config, dataset, table, device.peak_flops, mfu)
+    rows = [
+        {**asdict(cost), "memory": {**asdict(cost.memory), "total": cost.memory.total},
+         "fits": cost.memory.total <= device.memory_gb * 1e9}
+        for cost in costs
+    ]  # fmt: skip
+    show_costs(costs, gpu, device.memory_gb, mfu)
+    end(as_json, {"gpu": gpu, "mfu": mfu, "rows": rows})
+
+
+def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunConfig, Dataset, TokenTable]:
+    """Return what a bench reads; MovieLens-100K is fetched and prepared if it is not there."""
+    config = load(files, overrides, root)
+    storage = Storage(config.storage.root)
+    from dti_ray.data.interactions import dataset_folder, open_dataset
+    from dti_ray.train.tokens import tokenizer_and_table
+
+    if storage.read_manifest(dataset_folder(config.data.name)) is None:
+        ensure_dataset(config, files, overrides)
+    dataset = open_dataset(storage, config.data.name)
+    _, table = tokenizer_and_table(config, storage, dataset)
+    return config, dataset, table
+
+
+def _parse_ks(ks: Sequence[str]) -> list[int | str]:
+    faults = [Fault("--k", f"got {k!r}", "a positive integer, or all") for k in ks if k != "all" and not _is_count(k)]
+    if faults:
+        raise ConfigError(*faults)
+    return [k if k == "all" else int(k) for k in ks or DEFAULT_KS]
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0

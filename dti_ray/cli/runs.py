@@ -1,0 +1,162 @@
+"""Commands around a run: train it, evaluate it, report on it, and the demo that does everything.
+
+Stage: top. In: a configuration, or the name of a run. Out: a run's folder, tables, one line for a machine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dti_ray.cli.data import ensure_dataset
+from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
+from dti_ray.config import RunConfig, load_config
+from dti_ray.display import Bar, TrainingView, console, show_evaluation
+from dti_ray.errors import ConfigError, Fault
+from dti_ray.storage import Storage
+
+RunAndOverrides = Annotated[
+    list[str],
+    typer.Argument(help="name of the run, and overrides such as eval.n=20", default_factory=list, show_default=False),
+]
+Split = Annotated[str, typer.Option("--split", help="valid or test")]
+
+OF_AN_EVALUATION = ("eval", "storage", "cluster")
+
+
+def train(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
+    """Train a run, or go on with it; ends with its validation metrics."""
+    config = load(files, overrides, root)
+    end(as_json, _train(config))
+
+
+def evaluate(
+    arguments: RunAndOverrides,
+    files: Files,
+    split: Split = "test",
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score one split with a run's best checkpoint, beside simple baselines."""
+    if split not in ("valid", "test"):
+        raise ConfigError(Fault("--split", f"got {split!r}", "valid or test"))
+    config = _stored_config(arguments, files, root)
+    result = _evaluate(config, split)
+    end(as_json, result)
+
+
+def report(
+    arguments: RunAndOverrides,
+    files: Files,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's HTML page."""
+    config = _stored_config(arguments, files, root)
+    path = _report(config)
+    end(as_json, {"run": config.train.run, "report": path})
+
+
+def demo(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
+    """Get MovieLens-100K, prepare, train, evaluate and report: everything, on this machine."""
+    files = files or [_demo_file()]
+    config = load(files, overrides, root)
+    ensure_dataset(config, files, overrides)
+    trained = _train(config)
+    evaluated = _evaluate(config, "test")
+    cost = {name: trained[name] for name in ("targets", "tokens", "targets_per_s", "seconds")}
+    end(as_json, {**evaluated, **cost})
+
+
+def _stored_config(arguments: list[str], files: list[Path], root: str | None) -> RunConfig:
+    """Return a run's own configuration, changed only in what an evaluation may choose."""
+    from dti_ray.train.identity import load_run
+
+    overrides = [argument for argument in arguments if "=" in argument]
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) > 1:
+        raise ConfigError(Fault("RUN", f"got {len(names)} names: {names}", "one"))
+    asked = load(files, [*overrides, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
+    stored = load_run(Storage(asked.storage.root), asked.train.run)
+    fixed = [o for o in overrides if o.partition(".")[0] not in OF_AN_EVALUATION and not o.startswith("train.run=")]
+    if fixed:
+        raise ConfigError(
+            *(Fault(o.partition("=")[0], "is fixed by the run", f"{'.*, '.join(OF_AN_EVALUATION)}.*") for o in fixed)
+        )
+    own = [o for o in overrides if o.partition(".")[0] in OF_AN_EVALUATION]
+    return load_config([], [*own, f"storage.root={json.dumps(asked.storage.root, ensure_ascii=False)}"], base=stored)
+
+
+def _train(config: RunConfig) -> dict[str, object]:
+    from dti_ray.cluster import connect
+    from dti_ray.train.launch import check_launch, launch
+
+    job = check_launch(config)
+    console.print(f"run {config.train.run}: {job.total_targets:,} targets, {config.cluster.workers} workers")
+    connect(config.cluster)
+    with TrainingView(job.total_targets) as view:
+        progress = launch(job, view.show)
+    cost = {
+        "targets": progress.targets,
+        "tokens": progress.tokens,
+        "targets_per_s": progress.targets / progress.seconds,
+        "seconds": progress.seconds,
+    }
+    return {**_evaluate(config, "valid"), **cost}
+
+
+def _evaluate(config: RunConfig, split: str) -> dict[str, object]:
+    from dti_ray.data.interactions import open_dataset
+    from dti_ray.infer.evaluate import evaluate_run
+    from dti_ray.train.tokens import tokenizer_and_table
+
+    storage = Storage(config.storage.root)
+    _, table = tokenizer_and_table(config, storage, open_dataset(storage, config.data.name))
+    with Bar(f"scoring {split}", None) as bar:
+        evaluation = evaluate_run(config, storage, table, split, bar.update)
+    show_evaluation(evaluation)
+    path = _report(config)
+    values = evaluation.metrics
+    names = ("log_loss", "f1", "gauc", "ne", "calibration")
+    return {
+        "run": config.train.run,
+        "checkpoint": storage.display(evaluation.checkpoint),
+        "report": path,
+        "protocol": evaluation.protocol,
+        "split": split,
+        "auc": values.auc.value,
+        "auc_low": values.auc.low,
+        "auc_high": values.auc.high,
+        **{name: getattr(values, name).value for name in names},
+        "targets": values.targets,
+        "tokens": evaluation.tokens,
+        "targets_per_s": values.targets / evaluation.seconds,
+        "seconds": evaluation.seconds,
+    }
+
+
+def _report(config: RunConfig) -> str:
+    from dti_ray.data.interactions import open_dataset, read_segment
+    from dti_ray.report import write_report
+    from dti_ray.report.example import example_mask
+    from dti_ray.train.tokens import tokenizer_and_table
+
+    storage = Storage(config.storage.root)
+    dataset = open_dataset(storage, config.data.name)
+    tokenizer, table = tokenizer_and_table(config, storage, dataset)
+    words = tokenizer.convert_ids_to_tokens(list(range(table.vocabulary)))
+    assert isinstance(words, list)  # one word per id of the list
+    mask = example_mask(config, read_segment(dataset, dataset.segments[0]), table, words)
+    path = write_report(storage, config.train.run, mask)
+    console.print(f"report: {path}")
+    return path
+
+
+def _demo_file() -> Path:
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        if (file := folder / "configs" / "demo.yaml").exists():
+            return file
+    raise ConfigError(Fault("configs/demo.yaml", "is not here", "the project's folder", "or name a file with -c"))
