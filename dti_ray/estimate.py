@@ -4,8 +4,8 @@ Stage: beside launch. In: a configuration and a prepared data set; no GPU. Out: 
 of the configuration's k.
 Invariant: nothing is guessed that can be counted or measured here. Tokens and FLOPs are counted on a sample of
 the very rows that training would pack. Activations are measured: two shallow copies of the decoder run one row
-on the CPU while autograd's saved tensors are added up, and depth is linear. What is assumed is said: the MFU, and
-the bytes per parameter of mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, section 3).
+on the CPU (banded attention) while autograd's saved tensors are added up, and depth is linear. What is assumed is
+said: the MFU, and the bytes per parameter of mixed-precision AdamW under ZeRO (Rajbhandari et al. 2020, section 3).
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from dti_ray.config import PackingConfig, RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, read_segment
-from dti_ray.data.packing import PackedRow, pack, pack_spec
+from dti_ray.data.packing import PackedRow, check_capacity, pack, pack_spec
 from dti_ray.data.pipeline import TrainingRows, concatenate
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
+from dti_ray.errors import Fault, InputError
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import collate
 from dti_ray.model.flops import Work, count_flops, count_work
 from dti_ray.model.loss import loss_sum
 from dti_ray.model.shape import build_shallow, build_shape
+from dti_ray.model.speed import speed_up
 
 SAMPLE_TARGETS = 20_000
 PROBE_TOKENS = 1024
@@ -82,12 +84,13 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
         mfu: share of it that training reaches.
 
     Raises:
-        ConfigError: the decoder cannot be loaded.
+        ConfigError: the decoder cannot be loaded, or a row cannot hold a prompt.
+        InputError: the data set has no training targets.
     """
     shape = build_shape(config, table)
     targets = TrainingRows(dataset, table, config, through_ray=False).total_targets
     state = _state_bytes(shape, config)
-    costs = []
+    costs: list[Cost] = []
     for k in dict.fromkeys((1, config.packing.k)):
         changed = config.model_copy(update={"packing": _with_k(config.packing, k)})
         rows, work = _sample(changed, dataset, table, shape)
@@ -102,7 +105,20 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
         )
         hours = flops / (peak_flops * mfu) / 3600
         costs.append(Cost(k, round(work.tokens * scale), flops, hours, memory, pass_tokens))
-    return costs
+    return [costs[0], *(_with_tail(cost, costs[0], config.optim.sliding_tail) for cost in costs[1:])]
+
+
+def _with_tail(cost: Cost, sliding: Cost, tail: float) -> Cost:
+    """Mix in the last share of the targets, trained as stand-alone prompts."""
+    if not tail:
+        return cost
+    names = ("tokens", "flops", "device_hours")
+    mixed = {name: (1 - tail) * getattr(cost, name) + tail * getattr(sliding, name) for name in names}
+    worst = max((cost, sliding), key=lambda one: one.memory.total)
+    return replace(
+        cost, tokens=round(mixed["tokens"]), flops=round(mixed["flops"]), device_hours=mixed["device_hours"],
+        memory=worst.memory, pass_tokens=worst.pass_tokens,
+    )  # fmt: skip
 
 
 def _with_k(packing: PackingConfig, k: int | str) -> PackingConfig:
@@ -111,11 +127,16 @@ def _with_k(packing: PackingConfig, k: int | str) -> PackingConfig:
 
 def _sample(config: RunConfig, dataset: Dataset, table: TokenTable, shape: ClickModel) -> tuple[list[PackedRow], Work]:
     """Pack some segments, drawn at random, as training would."""
+    spec = pack_spec(config.packing, config.prompt.context, TRAIN)
+    check_capacity(spec, table)
     order = np.random.default_rng(derive_seed(config.train.seed, "estimate")).permutation(len(dataset.segments))
     drawn = np.cumsum([dataset.segments[i].targets[TRAIN] for i in order])
     chosen = order[: int(np.searchsorted(drawn, SAMPLE_TARGETS)) + 1]
     users = concatenate([read_segment(dataset, dataset.segments[i]) for i in chosen])
-    rows = list(pack(users, table, pack_spec(config.packing, config.prompt.context, TRAIN)))
+    rows = list(pack(users, table, spec))
+    if not rows:
+        hint = "check data.split and packing.min_context"
+        raise InputError(Fault(f"data set {dataset.name}", "has no train targets", hint=hint))
     return rows, sum((count_work(collate([row], table), shape.rules) for row in rows), Work())
 
 
@@ -131,8 +152,10 @@ def _state_bytes(shape: ClickModel, config: RunConfig) -> Memory:
     trained = sum(p.numel() for p in shape.parameters() if p.requires_grad)
     ranks, stage = config.cluster.workers, config.train.zero_stage
     is_bf16 = config.train.precision == "bf16"
-    compute = 2 if is_bf16 else 4
-    optimizer = 12 if is_bf16 or stage else 8  # two moments in fp32, and the fp32 copy of the weights
+    is_sharded = config.train.engine == "deepspeed"
+    compute = 2 if is_bf16 and is_sharded else 4
+    # Two moments in fp32; DeepSpeed also keeps an fp32 copy of the weights.
+    optimizer = 12 if is_sharded and (is_bf16 or stage) else 8
     return Memory(
         weights=compute * everything // (ranks if stage == 3 else 1),
         gradients=compute * trained // (ranks if stage >= 2 else 1),
@@ -143,15 +166,25 @@ def _state_bytes(shape: ClickModel, config: RunConfig) -> Memory:
 
 
 def _activation_bytes(config: RunConfig, table: TokenTable, rows: list[PackedRow], layers: int) -> float:
-    """Return what one token keeps for the backward pass, from two shallow copies; depth is linear."""
+    """Return what one token keeps for the backward pass, from two shallow copies; depth is linear.
+
+    With gradient checkpointing one layer at a time is computed again, so one whole layer is added.
+    """
     row = max((row for row in rows if row.size_tokens <= PROBE_TOKENS), key=lambda row: row.size_tokens, default=None)
     row = row or min(rows, key=lambda row: row.size_tokens)
     shallow, deeper = (_saved_bytes(build_shallow(config, table, depth), row, table, config) for depth in SHALLOW)
-    return (shallow + (layers - SHALLOW[0]) * (deeper - shallow)) / row.size_tokens
+    kept = shallow + (layers - SHALLOW[0]) * (deeper - shallow)
+    if config.model.gradient_checkpointing:
+        whole = config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": False})})
+        less, more = (_saved_bytes(build_shallow(whole, table, depth), row, table, whole) for depth in SHALLOW)
+        kept += more - less
+    return kept / row.size_tokens
 
 
 def _saved_bytes(model: ClickModel, row: PackedRow, table: TokenTable, config: RunConfig) -> int:
     """Add up the storages that autograd keeps of one forward pass, weights left out."""
+    speed_up(model.decoder, config.model.model_copy(update={"compile": False, "liger": False}), torch.device("cpu"))
+    model.attention = "auto"  # of a CPU, whatever the run will use
     if config.train.precision == "bf16":
         model = model.bfloat16()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -1,6 +1,6 @@
 """One layer's attention, forward and backward, on a row of a given length: a backend against the dense mask.
 
-Stage: bench. In: a row length and the model's heads. Out: seconds, ratios and peak memory.
+Stage: bench. In: a row length and the model's heads. Out: seconds and ratios.
 The row holds prompts of n context and k target interactions, as a click log gives them. `dense` is what one
 writes first: PyTorch's fused attention under a T x T mask (not our readable reference, which is slower still).
 Masks are made once per batch and serve all layers, so making them is not timed, for neither side.
@@ -50,7 +50,7 @@ def bench_attention(
     """Time the attention of one content layer in turns.
 
     Args:
-        config: heads, rules, debias, reset and precision; the rest is not used.
+        config: heads, rules, debias and precision; the rest is not used.
         row_tokens: length of the row, [SUM]s included.
         backends: to compare with a dense mask.
         repeats: repetitions.

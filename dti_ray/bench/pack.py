@@ -14,7 +14,7 @@ import torch
 from dti_ray.bench.timing import interleave
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, read_all
-from dti_ray.data.packing import pack, pack_spec
+from dti_ray.data.packing import check_capacity, pack, pack_spec
 from dti_ray.data.prompts import TokenTable
 
 
@@ -32,6 +32,8 @@ def bench_pack(
     config: RunConfig, dataset: Dataset, table: TokenTable, ks: Sequence[int | str], repeats: int
 ) -> list[PackRow]:
     """Pack the whole training split for each k in turns; nothing is read from storage meanwhile."""
+    for k in ks:
+        check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN, k=None if k == "all" else int(k)), table)
     sequences = read_all(dataset)
     sizes: dict[str, tuple[int, int]] = {}
 

@@ -2,7 +2,7 @@
 
 Stage: bench. In: a configuration, a prepared data set, a list of k. Out: one `Row` per paradigm.
 Invariant: every paradigm trains the same targets in the same optimizer steps with the same model, backend and
-precision, and its rows are those that training would pack. The bounds are counted on these very rows.
+precision, and its prompts are those that training would pack. The bounds are counted on these very rows.
 
     efficiency = (speed-up over the packed sliding window) / (its FLOPs / DTI's FLOPs)
 """
@@ -19,7 +19,7 @@ import torch
 from dti_ray.bench.timing import Timing, interleave
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
-from dti_ray.data.packing import PackedRow, end_to_end, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
 from dti_ray.data.pipeline import concatenate
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
@@ -28,7 +28,7 @@ from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import collate
 from dti_ray.model.flops import Work, count_flops, count_work
 from dti_ray.model.loss import loss_sum
-from dti_ray.train.engine import TorchEngine
+from dti_ray.train.engine import Engine, build_engine
 
 Passes = list[list[PackedRow]]
 
@@ -99,15 +99,18 @@ def bench_train(
         done: called with the steps done, and their number.
 
     Raises:
+        ConfigError: a row cannot hold one prompt.
         InputError: the data set has no training targets.
     """
+    for k in (1, *ks):
+        check_capacity(_spec(config, k), table)
     groups = _sample(dataset, targets, targets_per_step, config.train.seed)
     paradigms = [
         Paradigm("sliding_padded", 1, [_padded(group, table, config) for group in groups]),
         *(_packed(name, k, groups, table, config) for name, k in [("sliding_packed", 1), *(("dti", k) for k in ks)]),
     ]
     model = build_model(config, table)
-    engine = TorchEngine(model, config, device)
+    engine = build_engine(model, config, 1, device)
     engine.set_training(True)
     cases = {
         f"{p.name} {p.k}": [_step(engine, passes, table, config.optim.lr) for passes in p.steps] for p in paradigms
@@ -147,7 +150,7 @@ def _sample(dataset: Dataset, targets: int, targets_per_step: int, seed: int) ->
 
 def _packed(name: str, k: int | str, groups: Sequence[UserSequences], table: TokenTable, config: RunConfig) -> Paradigm:
     """Pack every group into rows and these into passes, as training does."""
-    spec = pack_spec(config.packing, config.prompt.context, TRAIN, k=None if k == "all" else int(k))
+    spec = _spec(config, k)
     steps = []
     for number, group in enumerate(groups):
         rng = np.random.default_rng(derive_seed(config.train.seed, "bench rows", number))
@@ -158,21 +161,25 @@ def _packed(name: str, k: int | str, groups: Sequence[UserSequences], table: Tok
 
 def _padded(group: UserSequences, table: TokenTable, config: RunConfig) -> Passes:
     """One prompt a row, padded to the longest of its pass: what published baselines train on."""
-    spec = pack_spec(config.packing, config.prompt.context, TRAIN, k=1)
+    spec = _spec(config, 1)
     rng = np.random.default_rng(derive_seed(config.train.seed, "bench rows"))
     prompts = int((group.splits == TRAIN).sum())
     return _passes(list(pack(group, table, spec, prompts, rng)), config)
 
 
+def _spec(config: RunConfig, k: int | str) -> PackSpec:
+    return pack_spec(config.packing, config.prompt.context, TRAIN, k=None if k == "all" else int(k))
+
+
 def _passes(rows: list[PackedRow], config: RunConfig) -> Passes:
     """Deal rows to passes of equal size, none with more tokens than training allows."""
     limit = config.train.rows_per_pass * config.packing.row_tokens
-    size = len(rows) * max(row.size_tokens for row in rows)
-    parts = np.array_split(np.arange(len(rows)), math.ceil(size / limit))
+    size = len(rows) * max((row.size_tokens for row in rows), default=1)
+    parts = np.array_split(np.arange(len(rows)), max(1, math.ceil(size / limit)))
     return [[rows[i] for i in part] for part in parts]
 
 
-def _step(engine: TorchEngine, passes: Passes, table: TokenTable, lr: float) -> Callable[[], None]:
+def _step(engine: Engine, passes: Passes, table: TokenTable, lr: float) -> Callable[[], None]:
     targets = sum(row.targets for rows in passes for row in rows)
 
     def step() -> None:

@@ -38,7 +38,9 @@ def bench_train_command(
     overrides: Overrides,
     files: Files,
     ks: Ks,
-    window: Annotated[str, typer.Option(help="packing.window of DTI: interactions, tokens or off")] = "interactions",
+    window: Annotated[
+        str | None, typer.Option(help="packing.window of DTI: interactions (default), tokens or off")
+    ] = None,
     targets: Annotated[int, typer.Option(min=1, help="size of the sample, about (count)")] = 8192,
     targets_per_step: Annotated[
         int, typer.Option(min=1, help="targets of one optimizer step, the same for all (count)")
@@ -48,7 +50,10 @@ def bench_train_command(
     as_json: AsJson = False,
 ) -> None:
     """Train the sliding window, padded and packed, and DTI, in turns on the same targets."""
-    config, dataset, table = _inputs(files, [*overrides, *IN_ONE_PROCESS, f"packing.window={window}"], root)
+    chosen = _parse_ks(ks)
+    stated = [f"packing.window={window}"] if window else []
+    given = ["packing.window=interactions", *overrides, *IN_ONE_PROCESS, *stated]
+    config, dataset, table = _inputs(files, given, root)
     import torch
 
     from dti_ray.bench.train import bench_train
@@ -58,11 +63,12 @@ def bench_train_command(
     settle(device)
     with Bar("training in turns", None) as bar:
         rows = bench_train(
-            config, dataset, table, _parse_ks(ks),
+            config, dataset, table, chosen,
             targets=targets, targets_per_step=targets_per_step, repeats=repeats, device=device, done=bar.update,
         )  # fmt: skip
     facts = {
-        "window": window, "n": config.packing.n, "precision": config.train.precision, "device": str(device),
+        "window": str(config.packing.window), "n": config.packing.n, "layers": config.model.layers,
+        "precision": config.train.precision, "attention": config.model.attention, "device": str(device),
         "threads": torch.get_num_threads(), "targets_per_step": targets_per_step, "repeats": repeats,
     }  # fmt: skip
     show_bench("training", [asdict(row) for row in rows], facts)
@@ -100,10 +106,11 @@ def bench_pack_command(
     overrides: Overrides, files: Files, ks: Ks, repeats: Repeats = 3, root: Root = None, as_json: AsJson = False
 ) -> None:
     """Time packing on one core."""
+    chosen = _parse_ks(ks) if ks else []
     config, dataset, table = _inputs(files, overrides, root)
     from dti_ray.bench.pack import bench_pack
 
-    rows = bench_pack(config, dataset, table, _parse_ks(ks or [str(config.packing.k)]), repeats)
+    rows = bench_pack(config, dataset, table, chosen or [config.packing.k], repeats)
     show_bench("packing", [asdict(row) for row in rows], {"row_tokens": config.packing.row_tokens})
     end(as_json, {"targets_per_s_per_core": rows[0].targets_per_s_per_core, "rows": [asdict(row) for row in rows]})
 
@@ -117,12 +124,13 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Foretell tokens, FLOPs, GPU-hours and memory, for the sliding window and for this k; needs no GPU."""
-    config, dataset, table = _inputs(files, overrides, root)
-    from dti_ray.estimate import estimate as run_estimate
-    from dti_ray.model.flops import GPUS
+    from dti_ray.gpus import GPUS
 
     if gpu not in GPUS:
         raise ConfigError(Fault("--gpu", f"got {gpu!r}", f"one of {', '.join(GPUS)}"))
+    config, dataset, table = _inputs(files, overrides, root)
+    from dti_ray.estimate import estimate as run_estimate
+
     device = GPUS[gpu]
     costs = run_estimate(config, dataset, table, device.peak_flops, mfu)
     rows = [
@@ -139,20 +147,29 @@ def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunCo
     config = load(files, overrides, root)
     storage = Storage(config.storage.root)
     from dti_ray.data.interactions import dataset_folder, open_dataset
+    from dti_ray.data.sources.movielens import KNOWN
     from dti_ray.train.tokens import tokenizer_and_table
 
-    if storage.read_manifest(dataset_folder(config.data.name)) is None:
+    if config.data.name in KNOWN and storage.read_manifest(dataset_folder(config.data.name)) is None:
         ensure_dataset(config, files, overrides)
+        _leave_cluster()
     dataset = open_dataset(storage, config.data.name)
     _, table = tokenizer_and_table(config, storage, dataset)
     return config, dataset, table
+
+
+def _leave_cluster() -> None:
+    """Give the cores that prepared the data back to what is measured."""
+    import ray
+
+    ray.shutdown()
 
 
 def _parse_ks(ks: Sequence[str]) -> list[int | str]:
     faults = [Fault("--k", f"got {k!r}", "a positive integer, or all") for k in ks if k != "all" and not _is_count(k)]
     if faults:
         raise ConfigError(*faults)
-    return [k if k == "all" else int(k) for k in ks or DEFAULT_KS]
+    return list(dict.fromkeys(k if k == "all" else int(k) for k in ks or DEFAULT_KS))
 
 
 def _is_count(text: str) -> bool:

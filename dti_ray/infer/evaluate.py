@@ -21,17 +21,18 @@ from torch import Tensor
 
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import SPLITS, UserSequences, open_dataset, read_all
-from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import Fault, IncompleteError
 from dti_ray.infer.baselines import predict_baselines
 from dti_ray.metrics import Metrics, Predictions, evaluate
 from dti_ray.model.backbone import build_model
-from dti_ray.model.batch import PackedBatch, collate
+from dti_ray.model.batch import PackedBatch, collate_pass
 from dti_ray.storage import Storage
 from dti_ray.telemetry import write_json
 from dti_ray.train.checkpoint import best, list_checkpoints, read_weights
+from dti_ray.train.engine import as_trained
 
 PROTOCOL = "sliding"
 Forward = Callable[[PackedBatch], Tensor]
@@ -105,16 +106,22 @@ def sliding_rows(
 
 @torch.no_grad()
 def score_rows(
-    forward: Forward, rows: Iterable[PackedRow], table: TokenTable, device: torch.device, rows_per_pass: int
+    forward: Forward,
+    rows: Iterable[PackedRow],
+    table: TokenTable,
+    device: torch.device,
+    rows_per_pass: int,
+    attention: str = "auto",
 ) -> Scores:
     """Score packed rows; targets come out in the order in which they were packed."""
     parts: list[Scores] = []
     for some in _batched(rows, rows_per_pass):
-        batch = collate([end_to_end(some)], table).to(device)
+        batch = collate_pass(some, table, attention)
+        tokens, batch = batch.size_tokens, batch.to(device)
         log_odds = forward(batch)[batch.is_target].double().cpu().numpy()
         interaction = batch.interaction.gather(1, batch.after)[batch.is_target].cpu().numpy()
         users, labels = (np.concatenate([getattr(row, name) for row in some]) for name in ("users", "labels"))
-        parts.append(Scores(users, interaction, labels, log_odds, sum(row.size_tokens for row in some)))
+        parts.append(Scores(users, interaction, labels, log_odds, tokens))
     return join(parts)
 
 
@@ -165,13 +172,15 @@ def evaluate_run(
     sequences = read_all(dataset)
     checkpoint = best(list_checkpoints(storage, f"runs/{config.train.run}"))
     model = build_model(config, table).eval()
-    model.load_state_dict(read_weights(storage, checkpoint), strict=False)
+    model.load_trained(read_weights(storage, checkpoint))
+    model.attention = "auto"  # of this CPU, whatever device trained
+    forward = as_trained(model, config)
     started = time.monotonic()
     rows = sliding_rows(sequences, table, config, split)
     wanted = sum(row.targets for row in rows)
     done: list[Scores] = []
     for some in _batched(rows, config.train.rows_per_pass):
-        done.append(score_rows(model, some, table, torch.device("cpu"), len(some)))
+        done.append(score_rows(forward, some, table, torch.device("cpu"), len(some)))
         on_progress(sum(len(part.label) for part in done), wanted)
     scores = join(done)
     check_complete(scores, _targets_of(dataset.targets[SPLITS.index(split)], rows, config))

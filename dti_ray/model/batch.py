@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dti_ray.data.packing import PackedRow
+from dti_ray.data.packing import PackedRow, end_to_end
 from dti_ray.data.prompts import SUM, TokenTable
 
 
@@ -50,10 +50,27 @@ class PackedBatch:
         """P, tokens of the shared prefix."""
         return self.tokens.shape[1] - self.prompt.shape[1] - self.after.shape[1]
 
+    @property
+    def size_tokens(self) -> int:
+        """Tokens of the batch, padding left out; made on the CPU, where asking costs nothing."""
+        rows, prefix = len(self.tokens), self.prefix_size
+        return rows * prefix + int((self.prompt > 0).sum()) + int(self.is_target.sum())
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move all tensors."""
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return PackedBatch(**moved)
+
+
+def collate_pass(rows: Sequence[PackedRow], table: TokenTable, attention: str) -> PackedBatch:
+    """Lay the rows of one pass end to end, so that nothing is padded; T x T attention keeps them apart.
+
+    Args:
+        rows: of the pass, at least one.
+        table: gives the prefix and the marker ids.
+        attention: `model.attention`.
+    """
+    return collate(rows if attention == "dense" else [end_to_end(rows)], table)
 
 
 def collate(rows: Sequence[PackedRow], table: TokenTable) -> PackedBatch:

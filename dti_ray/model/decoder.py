@@ -79,7 +79,8 @@ def load_decoder_config(config: ModelConfig, table: TokenTable) -> PretrainedCon
     if config.name_or_path is None:
         return _tiny_llama(config, table)
     try:
-        return AutoConfig.from_pretrained(config.name_or_path, **_gguf(config.name_or_path, config.gguf_file))
+        whole = AutoConfig.from_pretrained(config.name_or_path, **_gguf(config.name_or_path, config.gguf_file))
+        return whole.get_text_config()
     except (OSError, ValueError) as error:
         raise _not_loadable(config.name_or_path, error) from None
 
@@ -122,6 +123,14 @@ def check_architecture(decoder: PreTrainedModel) -> None:
         raise ConfigError(Fault("model.name_or_path", f"{name} has another inner structure", expected))
     if getattr(decoder.config, "attn_logit_softcapping", None) is not None:
         raise ConfigError(Fault("model.name_or_path", f"{name} caps its attention scores, which we do not", expected))
+    attentions = [layer.self_attn for layer in layers] if layers is not None else []
+    if any(hasattr(one, "sinks") or not getattr(one, "use_rope", True) for one in attentions):
+        raise ConfigError(
+            Fault("model.name_or_path", f"{name} has attention sinks or layers without rotation", expected)
+        )
+    if getattr(decoder.config, "attention_dropout", 0.0):
+        problem = f"attention_dropout is {decoder.config.attention_dropout} in its configuration"
+        raise ConfigError(Fault("model.name_or_path", problem, "0: the fused kernels drop no attention weights"))
     if decoder.config.model_type not in TESTED:
         log.warning("model: laws 0 to 5 are tested for %s, not for %s", ", ".join(TESTED), decoder.config.model_type)
 

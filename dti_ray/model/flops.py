@@ -16,29 +16,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dti_ray.config import Window
+from dti_ray.gpus import peak_of
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Coordinates, Rules, content_coordinates, sum_coordinates, visible
 
 CHUNK = 256
 KEYS = ("k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a data sheet says: dense peak of the tensor cores in bf16 (FLOP/s), memory (GB)."""
-
-    peak_flops: float
-    memory_gb: int
-
-
-# NVIDIA's data sheets; of a device's name the first that occurs in it is taken.
-GPUS = {
-    "B200": Gpu(2250e12, 180), "GH200": Gpu(989e12, 96), "H200": Gpu(989e12, 141), "H100 PCIe": Gpu(756e12, 80),
-    "H100 NVL": Gpu(835e12, 94), "H100": Gpu(989e12, 80), "A100": Gpu(312e12, 80), "A30": Gpu(165e12, 24),
-    "L40S": Gpu(362e12, 48), "L40": Gpu(181e12, 48), "L4": Gpu(121e12, 24), "A40": Gpu(150e12, 48),
-    "A10": Gpu(125e12, 24),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,7 @@ class Flops:
 
 
 def count_work(batch: PackedBatch, rules: Rules) -> Work:
-    """Count the tokens and pairs of some rows, in O(T log T); `window: tokens` in O(T x its reach)."""
+    """Count the tokens and pairs of some rows, in O(T log T); with `window: tokens` in O(T x T)."""
     rows, prefix = len(batch.tokens), batch.prefix_size
     content, sums = content_coordinates(batch), sum_coordinates(batch)
     is_content = content.prompt > 0
@@ -140,8 +124,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the peak of a device in bf16 (FLOP/s), or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.peak_flops for known, gpu in GPUS.items() if known in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 def _linears(layer: nn.Module) -> list[tuple[str, nn.Linear]]:

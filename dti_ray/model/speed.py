@@ -56,5 +56,5 @@ def _use_liger(decoder: PreTrainedModel, device: torch.device) -> None:
         raise ConfigError(
             Fault("model.liger", f"knows no {decoder.config.model_type}", f"one of {sorted(known)}, or false")
         )
-    # Norms and MLP of this very decoder; rotation and loss would be patched in Transformers' modules, for all.
+    # Norms and MLPs alone: attention undoes Transformers' own rotation, and the LM head is not ours.
     liger._apply_liger_kernel_to_instance(decoder, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)

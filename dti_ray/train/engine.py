@@ -9,6 +9,7 @@ targets) / (targets of the step on all ranks), and gradients are summed over pas
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -76,6 +77,25 @@ def build_engine(model: ClickModel, config: RunConfig, passes: int, device: torc
     if config.train.engine == "torch":
         return TorchEngine(model, config, device)
     return DeepSpeedEngine(model, config, passes, device)
+
+
+def as_trained(model: ClickModel, config: RunConfig) -> Callable[[PackedBatch], Tensor]:
+    """Return a model's forward pass in the very precision that its engine trains in.
+
+    Under bf16 a frozen layer's rounding hides small adapters; fp32 would bring them back and change predictions.
+    """
+    if config.train.precision == "fp32":
+        return model
+    if config.train.engine == "deepspeed":
+        for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+            parameter.data = parameter.data.to(torch.bfloat16)
+        return model
+
+    def forward(batch: PackedBatch) -> Tensor:
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16):
+            return model(batch)
+
+    return forward
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, object]]:

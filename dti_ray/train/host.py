@@ -13,6 +13,7 @@ import torch
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt's parameters, from glibc's malloc.h
 KEEP_BYTES = 2**30
+OLD_GLIBC_BYTES = 2**25  # what releases before 2.35 take at most
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ def settle(device: torch.device, threads: int | None = None) -> None:
     """Prepare the process for training on a device.
 
     On CPUs glibc's allocator is told to keep what a step frees. By default it hands every large tensor back to
-    the kernel, which then clears its pages anew at each use (docs/benchmarks has the measurement).
+    the kernel, which then clears its pages anew at each use. In threads other than the main one, Ray's workers among
+    them, that holds for tensors of up to about 48 MB.
 
     Args:
         device: where the model will run.
@@ -42,5 +44,7 @@ def settle(device: torch.device, threads: int | None = None) -> None:
         except OSError:
             log.info("no glibc: freed memory goes back to the kernel")
             return
-        for parameter in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-            libc.mallopt(parameter, KEEP_BYTES)
+        if not (libc.mallopt(MMAP_THRESHOLD, KEEP_BYTES) or libc.mallopt(MMAP_THRESHOLD, OLD_GLIBC_BYTES)):
+            log.info("the allocator takes no threshold: freed memory goes back to the kernel")
+            return
+        libc.mallopt(TRIM_THRESHOLD, KEEP_BYTES)

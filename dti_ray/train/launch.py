@@ -26,10 +26,12 @@ from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import DtiRayError, Fault, InputError, RunError
+from dti_ray.errors import ConfigError, DtiRayError, Fault, InputError, RunError
 from dti_ray.infer.evaluate import sliding_spec
+from dti_ray.model.attention import choose_backend
 from dti_ray.model.backbone import build_model
 from dti_ray.model.decoder import absolute_name
+from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage, absolute
 from dti_ray.telemetry import Line
 from dti_ray.train.checkpoint import Progress, list_checkpoints
@@ -85,7 +87,23 @@ def check_launch(config: RunConfig) -> Launch:
     tokenizer, table = tokenizer_and_table(config, storage, dataset)
     check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), table)
     check_capacity(sliding_spec(config, "valid"), table, where="eval.row_tokens")
+    _check_model(config, table)
     return Launch(config, storage, dataset, table, tokenizer)
+
+
+def _check_model(config: RunConfig, table: TokenTable) -> None:
+    """Refuse here what would fail in a worker: the architecture, adapters, kernels that the devices lack."""
+    build_shape(config, table)
+    has_gpus = config.cluster.gpus_per_worker > 0
+    choose_backend(config.model.attention, "cuda" if has_gpus else "cpu")
+    needs_gpu = {"model.attention": config.model.attention == "flex", "model.liger": config.model.liger}
+    faults = [
+        Fault(name, "trains on GPUs only, and cluster.gpus_per_worker is 0", "auto or false, or GPUs")
+        for name, asked in needs_gpu.items()
+        if asked and not has_gpus
+    ]
+    if faults:
+        raise ConfigError(*faults)
 
 
 def launch(job: Launch, on_line: OnLine) -> Progress:

@@ -17,12 +17,12 @@ import torch
 
 from dti_ray.config import OptimConfig, RunConfig
 from dti_ray.data.interactions import read_all
-from dti_ray.data.packing import PackedRow, end_to_end
+from dti_ray.data.packing import PackedRow
 from dti_ray.data.pipeline import EMPTY_ROW, StepRows, TrainingRows
 from dti_ray.data.plan import Position, derive_seed
 from dti_ray.infer.evaluate import join, score_rows, sliding_rows
 from dti_ray.metrics import auc, log_loss
-from dti_ray.model.batch import collate
+from dti_ray.model.batch import collate_pass
 from dti_ray.model.flops import count_flops, count_work, peak_flops
 from dti_ray.model.loss import loss_sum
 from dti_ray.storage import Storage
@@ -127,19 +127,25 @@ class Trainer:
                 asked = time.monotonic()
                 rows = next(mine, [])
                 waited = time.monotonic() - asked
-                local = (len(rows), sum(row.targets for row in rows), sum(row.size_tokens for row in rows))
+                local = (len(rows), sum(row.targets for row in rows), self.tokens(rows))
                 count, targets, tokens = (int(value) for value in self.world.sum(local))
                 if count == 0:
                     break
                 yield Step(epoch, number, rows, targets, tokens, waited)
                 number += 1
 
+    def tokens(self, rows: StepRows) -> int:
+        """Return the tokens of this rank's part of a step: those of its rows, and the prefix once a pass."""
+        inner = sum(row.size_tokens - row.prefix_tokens for row in rows)
+        return inner + self.passes * len(self.rows.table.prefix) if rows else 0
+
     def train_step(self, step: Step, lr: float, tally: Tally) -> float:
         """Run all passes of one step and apply the gradient; return its norm."""
         torch.manual_seed(derive_seed(self.config.train.seed, "dropout", step.epoch, step.number, self.world.rank))
         self.engine.set_training(True)
-        for row in map(end_to_end, _split(step.rows, self.passes)):
-            batch = collate([row], self.rows.table)
+        for rows in _split(step.rows, self.passes):
+            batch = collate_pass(rows, self.rows.table, self.config.model.attention)
+            tally.tokens += batch.size_tokens
             if self.peak_flops is not None:
                 work = count_work(batch, self.engine.model.rules)
                 tally.flops += count_flops(self.engine.model, work).train
@@ -147,8 +153,7 @@ class Trainer:
             total = loss_sum(self.engine.forward(batch), batch.labels, batch.is_target)
             self.engine.backward(total / max(1, step.global_targets))
             tally.loss += float(total.detach())
-            tally.targets += row.targets
-            tally.tokens += row.size_tokens
+            tally.targets += sum(row.targets for row in rows)
             tally.padded_tokens += batch.tokens.numel()
         tally.wait_s += step.wait_s
         return self.engine.step(lr)
@@ -196,6 +201,7 @@ class Trainer:
             self.rows.table,
             self.engine.device,
             self.config.train.rows_per_pass,
+            self.config.model.attention,
         )
         scores = join(self.world.gather(mine)).predictions
         valid_auc = float(auc(scores.label, scores.probability))

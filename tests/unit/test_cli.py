@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ import pytest
 from dti_ray.cli import main
 from dti_ray.config import from_yaml, load_config, to_yaml
 from dti_ray.storage import Storage
+from tests.builders import write_dataset
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-COMMANDS = ("data", "prepare", "train", "evaluate", "report", "demo", "config")
+COMMANDS = ("data", "prepare", "estimate", "train", "evaluate", "report", "demo", "bench", "config")
 
 
 class Answer:
@@ -168,6 +170,47 @@ def test_config_show_prints_yaml_that_loads(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "shown.yaml"
     file.write_text(answer.out, encoding="utf-8")
     assert load_config([file]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "train", "--k", "0"], "error --k: got '0'; expected a positive integer, or all"),
+        (["bench", "train", "--window", "foo"], "error packing.window: got 'foo'"),
+        (["bench", "train", "packing.row_tokens=50"], "error packing.row_tokens: got 50; expected at least"),
+        (["bench", "pack", "--k", "2000"], "error packing.row_tokens: got 4096; expected at least"),
+        (["estimate", "--gpu", "X"], "error --gpu: got 'X'; expected one of B200"),
+        (["estimate", "data.name=other"], "is no complete data set; expected a manifest.json; run `dti-ray prepare`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_of_benches_and_estimate_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path, [30, 25, 41])
+    answer = Answer([*arguments[:2], *arguments[2:], *_tiny(arguments), "--root", str(tmp_path)], capsys)
+    assert answer.code == 2
+    assert message in answer.err
+    assert "Traceback" not in answer.err
+
+
+def _tiny(arguments: list[str]) -> list[str]:
+    named = any(argument.startswith("data.name=") for argument in arguments)
+    return [*([] if named else ["data.name=tiny"]), "model.layers=1", "model.hidden_size=32", "train.precision=fp32"]
+
+
+def test_benches_and_estimate_end_with_one_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path, [30, 25, 41])
+    given = [*_tiny([]), "packing.n=4", "--root", str(tmp_path), "--json"]
+    trained = json.loads(Answer(["bench", "train", "--k", "5", "--k", "5", "--repeats", "1", *given], capsys).out)
+    assert [(row["paradigm"], row["k"]) for row in trained["rows"]][1:] == [("sliding_packed", 1), ("dti", 5)]
+    packed = json.loads(Answer(["bench", "pack", "--k", "5", "--repeats", "1", *given], capsys).out)
+    assert packed["targets_per_s_per_core"] > 0
+    attended = json.loads(Answer(["bench", "attention", "--row-tokens", "128", "--repeats", "1", "--json"], capsys).out)
+    assert attended["banded_over_dense"] > 0
+    foretold = json.loads(Answer(["estimate", *given], capsys).out)
+    assert [row["k"] for row in foretold["rows"]] == [1, 20]
+    assert all(row["fits"] for row in foretold["rows"])
 
 
 def test_bad_configuration_answers_within_2_s_and_without_torch_or_ray() -> None:

@@ -67,15 +67,15 @@ class Banded:
         prefix_out = sdpa(prefix, *keys.ahead, is_causal=True, scale=scaling)
         return torch.cat([prefix_out, content_out, sum_out], dim=2)
 
-    def band_masks(self, kind: str, copies: int, heads: int) -> list[Float[Tensor, "N _ Q K"]]:
-        """Return the additive masks of one kind of queries, fp32, one per copy."""
+    def band_masks(self, kind: str, copies: int, heads: int, dtype: torch.dtype) -> list[Float[Tensor, "N _ Q K"]]:
+        """Return the additive masks of one kind of queries, one per copy."""
         if (kind, copies) not in self.masks:
             d = self.bands.distance(kind) if copies == 2 or kind == "sum" else None
             masks = self.plan.copy_masks(self.bands.seen(kind, self.plan.rules), d, copies)
             if kind == "sum" and self.plan.debias.strength > 0:
                 assert d is not None
                 masks = [mask + self.plan.position_bias(d, heads) for mask in masks]
-            self.masks[kind, copies] = masks
+            self.masks[kind, copies] = [mask.to(dtype) for mask in masks]
         return self.masks[kind, copies]
 
 
@@ -100,7 +100,7 @@ class BandedKeys:
         """Return what content queries meet: the prefix, unrotated on both sides, and the bands."""
         heads, copies = query.shape[1], len(self.contents)
         blocks = to_blocks(query, self.bands.blocks)
-        masks = [mask.to(query.dtype) for mask in self.banded.band_masks("content", copies, heads)]
+        masks = self.banded.band_masks("content", copies, heads, query.dtype)
         bands = zip(self.band_keys, self.band_values, masks, strict=True)
         return [
             *self.pinned(lambda: to_blocks(unrotate(query, self.turns[1]), self.bands.blocks)),
@@ -117,7 +117,7 @@ class BandedKeys:
             own_key, query = unrotate(own_key, self.turns[2]), unrotate(query, self.turns[2])
         slots = to_slots(query, self.bands)
         own = torch.full([slots.shape[2]] * 2, HIDDEN, device=query.device).fill_diagonal_(0.0)
-        bands = zip(keys, self.band_values, self.banded.band_masks("sum", copies, heads), strict=True)
+        bands = zip(keys, self.band_values, self.banded.band_masks("sum", copies, heads, torch.float32), strict=True)
         return [
             *self.pinned(lambda: slots if drop else to_slots(unrotate(query, self.turns[2]), self.bands)),
             *(Part(slots, key, value, mask) for key, value, mask in bands),
@@ -128,9 +128,8 @@ class BandedKeys:
         """Return the prefix as everyone behind it meets it; nothing where there is none."""
         if not self.plan.sizes[0]:
             return []
-        key, value = (
-            x.repeat_interleave(self.bands.blocks, 0) for x in (unrotate(self.ahead[0], self.turns[0]), self.ahead[1])
-        )
+        prefix = (unrotate(self.ahead[0], self.turns[0]), self.ahead[1])
+        key, value = (x.unsqueeze(1).expand(-1, self.bands.blocks, -1, -1, -1).flatten(0, 1) for x in prefix)
         return [Part(flat_query(), key, value, None)]
 
 

@@ -32,6 +32,13 @@ def test_decoder_that_caps_its_scores_is_refused_by_name(tmp_path: Path) -> None
         build_model(make_config(f"model.name_or_path={tmp_path}"), table)
 
 
+def test_decoder_with_attention_dropout_is_refused() -> None:
+    decoder = LlamaModel(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+    decoder.config.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"attention_dropout is 0\.1"):
+        check_architecture(decoder)
+
+
 def test_decoder_that_no_test_has_seen_is_named_once_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     decoder = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                      num_attention_heads=1, num_key_value_heads=1))  # fmt: skip

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dti_ray.data.packing import pack
+from dti_ray.gpus import peak_of
 from dti_ray.model.batch import PackedBatch, collate
 from dti_ray.model.flops import Work, count_flops, count_work, peak_flops
 from dti_ray.model.loss import loss_sum
@@ -90,6 +91,17 @@ def test_a_dual_reset_makes_keys_twice_and_meets_other_interactions_twice() -> N
 def test_work_adds_up() -> None:
     assert Work(1, 2, 3, 4, 5, 6, 7) + Work(1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8)
     assert Work(1, 2, 3).tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_whole_name(name: str, peak: float | None) -> None:
+    assert peak_of(name) == peak
 
 
 def test_the_peak_of_a_cpu_is_not_known() -> None:

@@ -24,7 +24,7 @@ both_backends = pytest.mark.parametrize("backend", ["dense", "banded"])
 
 
 def _long_row(table: TokenTable) -> PackedRow:
-    spec = train_spec(make_config(), k=20, n=WINDOW, row_tokens=4096)
+    spec = train_spec(make_config(), k=1, n=WINDOW, row_tokens=450)
     return list(pack(make_sequences([WINDOW + 21]), table, spec))[-1]
 
 
@@ -55,7 +55,7 @@ def test_logits_in_bf16_stay_near_those_in_fp32(how: str, backend: str, window: 
 def test_distance_bias_in_bf16_blinds_no_head_at_the_longest_window(backend: str) -> None:
     """Queries and keys are zero, so the weights are the bias alone; values tell the interactions apart."""
     config = make_config(f"packing.n={WINDOW}", "packing.window=interactions", "debias.strength=1.0")
-    table = make_table()
+    table = make_table(longest=1)
     row = _long_row(table)
     batch = collate([row], table)
     model = make_model(config, table)

@@ -101,6 +101,16 @@ def test_run_with_adapters_goes_on_and_is_scored_from_adapters_alone(tmp_path: P
     assert evaluation.metrics.auc.value == pytest.approx(kept.progress.valid_auc, abs=1e-9)
 
 
+def test_run_in_bf16_is_scored_as_it_was_validated(tmp_path: Path) -> None:
+    write_dataset(tmp_path, LENGTHS)
+    config = tiny_run(tmp_path, "train.precision=bf16", "lora.rank=4", "optim.epochs=1", "eval.every_targets=9999")
+    train(config)
+    storage = Storage(config.storage.root)
+    evaluation = evaluate_run(config, storage, make_table(), "valid", lambda _done, _all: None)
+    (line,) = read_lines(storage, "runs/run", "valid")
+    assert evaluation.metrics.log_loss.value == pytest.approx(line["log_loss"], abs=1e-9)
+
+
 def test_same_seed_gives_the_same_run_and_another_seed_another_one(tmp_path: Path) -> None:
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
