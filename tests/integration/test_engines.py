@@ -69,7 +69,7 @@ def deepspeed_worker(rank: int, world: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/rendezvous")
     device, results = torch.device("cpu"), {}
     for stage in (0, 1, 2, 3):
-        for passes in (1, 2):
+        for passes in (1, 4, 2):
             config = _config(stage)
             engine = build_engine(build_model(config, make_table()), config, passes, device)
             results[f"{stage} {passes}"] = train_some(engine, rank, world, passes)
@@ -150,7 +150,7 @@ def test_law_8_losses_are_equal_for_every_stage_worker_count_and_accumulation(tm
         folder.mkdir()
         found = _run_workers(world, folder)
         for stage in (0, 1, 2, 3):
-            for passes in (1, 2):
+            for passes in (1, 2, 4):
                 assert found[f"{stage} {passes}"] == pytest.approx(expected, rel=TOLERANCE)
             assert found[f"{stage} resumed"] == pytest.approx(found[f"{stage} goes on"], rel=TOLERANCE)
         assert found["bf16"] == pytest.approx(expected, rel=0.02)
