@@ -33,11 +33,6 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 
 
-@config_app.callback()
-def _config() -> None:
-    """Look at the configuration."""
-
-
 @config_app.command("show")
 def config_show(overrides: Overrides, files: Files, root: Root = None) -> None:
     """Print the effective configuration as YAML."""

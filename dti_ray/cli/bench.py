@@ -43,7 +43,7 @@ def bench_train_command(
     ] = None,
     targets: Annotated[int, typer.Option(min=1, help="size of the sample, about (count)")] = 8192,
     targets_per_step: Annotated[
-        int, typer.Option(min=1, help="targets of one optimizer step, the same for all (count)")
+        int, typer.Option(min=1, help="targets of one optimizer step, at least one segment (count)")
     ] = 2048,
     repeats: Repeats = 3,
     root: Root = None,
