@@ -147,7 +147,7 @@ def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunCo
     config = load(files, overrides, root)
     storage = Storage(config.storage.root)
     from dti_ray.data.interactions import dataset_folder, open_dataset
-    from dti_ray.data.sources.movielens import KNOWN
+    from dti_ray.data.sources.get import KNOWN
     from dti_ray.train.tokens import tokenizer_and_table
 
     if config.data.name in KNOWN and storage.read_manifest(dataset_folder(config.data.name)) is None:

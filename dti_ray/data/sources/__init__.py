@@ -1,6 +1,49 @@
-"""Readers of raw logs: each turns its files into the two canonical tables.
+"""Readers of raw logs: each finds its files, checks their columns, and says how rows and items are read from them.
 
-Stage: first of the data path. In: raw files. Out: an `InteractionTable` (rows as `RAW_INTERACTIONS`, not
-yet checked) and an `ItemTable`.
-Invariant: a reader converts names, never values; what is wrong with a row is for `interactions` to say.
+Stage: first of the data path. In: raw files and the `data` section. Out: a `RawLog`, and the items as a table.
+Invariant: a reader converts names, never values; what is wrong with a row is for `checks` to say.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from dti_ray.config.schema import DataConfig
+from dti_ray.data.sources import amazon, kuairand, movielens, tabular
+from dti_ray.data.sources.raw import RawLog
+from dti_ray.storage import Storage
+
+SOURCES: dict[str, Callable[[DataConfig, Storage], RawLog]] = {
+    "amazon": amazon.locate,
+    "kuairand": kuairand.locate,
+    "movielens": movielens.locate,
+    "tabular": tabular.locate,
+}
+
+
+def locate(config: DataConfig, storage: Storage) -> RawLog:
+    """Find the raw files that a configuration names, and check their columns before any work starts.
+
+    Args:
+        config: `source` chooses the reader; `path` is a file, folder, zip or URI, null means `<root>/raw/<name>`.
+        storage: the root.
+
+    Raises:
+        InputError: with one fault per file or column that is missing, and per damaged file unless `on_bad_file` is
+            quarantine (such a file is then told by whoever reads its piece).
+        StorageError: a place cannot be reached.
+    """
+    return SOURCES[config.source](config, storage)
+
+
+def read_items(raw: RawLog) -> pa.Table | None:
+    """Return the whole catalogue: `item_id`, then text columns, all strings, in the order of the files.
+
+    None where the log itself holds the items (`RawLog.item_batches` has them).
+
+    Raises:
+        InputError: a file is missing or damaged, or has a row that cannot be read; StorageError: it cannot be reached.
+    """
+    return raw.read_catalogue() if raw.read_catalogue is not None else None

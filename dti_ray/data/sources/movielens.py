@@ -1,290 +1,145 @@
-"""MovieLens in RecBole's atomic files: get them, find them, name their columns.
+"""MovieLens as GroupLens publishes it, and in RecBole's atomic files: find the files, name their columns.
 
-Stage: sources. In: a folder with `*.inter` and `*.item` (tab separated, UTF-8, a heading `name:type`).
-Out: a `RawLog` (which files to read, and how) and an ItemTable with the columns of `ITEMS`.
-Invariant: every value stays the string that the file holds; only names change.
+Stage: sources. In: a folder, one with the files a folder below, or the zip itself. Out: a `RawLog`.
+Invariant: every layout has the same log columns (a label may name `rating` or `timestamp`) and the same catalogue.
 
-    user_id:token  item_id:token  rating:float  timestamp:float          user_id item_id label time
-    196            242            3             881250949         →      "196"   "242"   "3"   "881250949"
+    u.data       u.item        tab, no heading            100K
+    ratings.dat  movies.dat    "::", no heading           1M, 10M
+    ratings.csv  movies.csv    comma, heading             20M, 25M, 32M, latest
+    *.inter      *.item        tab, heading "name:type"   RecBole
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import PurePosixPath
 
-import pyarrow as pa
-from pyarrow import csv
-
+from dti_ray.config.label import parse_label
 from dti_ray.config.schema import DataConfig
-from dti_ray.errors import Fault, InputError, StorageError
-from dti_ray.storage import MANIFEST, FileEntry, Storage
+from dti_ray.data.sources import films, headings
+from dti_ray.data.sources.files import MEMBER, Place, base_name, raw_place, with_members
+from dti_ray.data.sources.formats import Format, Layout
+from dti_ray.data.sources.get import KNOWN
+from dti_ray.data.sources.headings import Wanted
+from dti_ray.data.sources.raw import ITEM, LABEL, TIME, USER, RawLog
+from dti_ray.errors import Fault, InputError
+from dti_ray.storage import Storage
 
-RAW_INTERACTIONS = pa.schema([(name, pa.string()) for name in ("user_id", "item_id", "label", "time")])
-ITEMS = pa.schema([(name, pa.string()) for name in ("item_id", "title", "year", "genres")])
-
-ITEM_COLUMNS = {"item_id": "item_id", "movie_title": "title", "release_year": "year", "class": "genres"}
-NOT_A_LABEL = ("user_id", "item_id", "timestamp")
-DELIMITER = "\t"
-RAW_PROGRESS_SINCE_PIP = (24, 1)
-LAST_LINES_OF_PIP = 4
-
-Progress = Callable[[int, int | None], None]
+COLUMNS_100K = ("user_id", "item_id", "rating", "timestamp")
+COLUMNS_1M = ("user_id", "", "item_id", "", "rating", "", "timestamp")  # "::" is two delimiters of one colon
 
 
-@dataclass(frozen=True)
-class Download:
-    """Where a known data set comes from: a wheel of the package index that ships it."""
-
-    requirement: str
-    sha256: str
-    folder: str
-    files: tuple[str, ...]
-
-
-KNOWN = {
-    "ml-100k": Download(
-        requirement="recbole==1.2.1",
-        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-        folder="recbole/dataset_example/ml-100k",
-        files=("ml-100k.inter", "ml-100k.item"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class RawLog:
-    """The raw files of one data set and how an interaction is read from them.
+@dataclass(frozen=True, eq=False)
+class Age:
+    """One way in which MovieLens is laid out.
 
     Attributes:
-        storage: the root that the paths are relative to.
-        logs: files of interactions, sorted; all have the same needed columns.
-        catalogue: the file of items.
-        columns: heading in the file → name in `RAW_INTERACTIONS`.
+        logs: pattern of the names of its logs.
+        catalogue: pattern of its catalogue's name.
+        form: of the logs.
+        columns: canonical name → heading in the logs, without a type.
+        item_columns: name in the ItemTable → heading in a catalogue that is a table; empty where lines are parsed.
     """
 
-    storage: Storage
-    logs: tuple[str, ...]
+    logs: str
     catalogue: str
+    form: Format
     columns: Mapping[str, str]
-
-    def batches(self, log: str) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of one of `logs`, with the columns of `RAW_INTERACTIONS`; the same batches every time.
-
-        Every field is read as a string, whatever it holds, so that validation sees it.
-
-        Raises:
-            InputError: a line has more or fewer fields than the heading, or is not UTF-8.
-            StorageError: the file cannot be read.
-        """
-        one_thread = csv.ReadOptions(use_threads=False)
-        with _open(self.storage, log) as stream, _faults(self.storage.display(log)):
-            for batch in csv.open_csv(stream, one_thread, _parse_options(), _convert_options(self.columns)):
-                yield batch.rename_columns([self.columns[name] for name in batch.schema.names])
+    item_columns: Mapping[str, str]
 
 
-def fetch(storage: Storage, name: str, on_progress: Progress) -> str:
-    """Put a known data set's raw files below `<root>/raw/<name>`, unless they lie there intact.
-
-    The wheel that ships them comes through pip, is held against its pinned SHA-256 and kept in the user's
-    cache folder (`XDG_CACHE_HOME`, else `~/.cache`).
-
-    Args:
-        storage: the root.
-        name: one of `KNOWN`.
-        on_progress: called with (bytes done, bytes in all, or None while that is unknown).
-
-    Returns:
-        The folder as a user would type it.
-
-    Raises:
-        InputError: the name is unknown, pip failed, or the wheel is not the pinned one.
-        StorageError: the root cannot be written.
-    """
-    if name not in KNOWN:
-        raise InputError(Fault("data.name", f"got {name!r}", f"one of {', '.join(sorted(KNOWN))}"))
-    source, folder = KNOWN[name], f"raw/{name}"
-    if not _is_intact(storage, folder):
-        wheel = _wheel(source, on_progress)
-        storage.delete(f"{folder}/{MANIFEST}")  # it must not vouch for what changes now
-        with zipfile.ZipFile(wheel) as archive:
-            entries = [_extract(archive, source, file, storage, folder) for file in source.files]
-        storage.write_manifest(folder, entries, {"source": source.requirement, "sha256": source.sha256})
-    return storage.display(folder)
+PLAIN = {USER: "user_id", ITEM: "item_id", TIME: "timestamp"}
+RECBOLE = Age(
+    "*.inter", "*.item", Format("csv", Layout("\t", quoting=False)), PLAIN,
+    {"item_id": "item_id", "title": "movie_title", "year": "release_year", "genres": "class"},
+)  # fmt: skip
+OF_100K = Age("u.data", "u.item", Format("csv", Layout("\t", False, COLUMNS_100K)), PLAIN, {})
+OF_1M = Age("ratings.dat", "movies.dat", Format("csv", Layout(":", False, COLUMNS_1M)), PLAIN, {})
+OF_20M = Age(
+    "ratings.csv", "movies.csv", Format("csv"), {USER: "userId", ITEM: "movieId", TIME: "timestamp"},
+    {"item_id": "movieId", "title": "title", "genres": "genres"},
+)  # fmt: skip
+AGES = (RECBOLE, OF_100K, OF_1M, OF_20M)
 
 
 def locate(config: DataConfig, storage: Storage) -> RawLog:
-    """Find the raw files that a configuration names and check their headings.
+    """Find the raw files that a configuration names and check their columns.
 
     Args:
-        config: `path` is the folder, null means `<root>/raw/<name>`; `label_column` becomes `label`.
+        config: `path` is a folder or zip, null means `<root>/raw/<name>`.
         storage: the root.
 
     Raises:
-        InputError: the folder, a file or a column is missing, or there are several catalogues.
+        InputError: the folder, a file or a column is missing, or there are several logs to choose from.
+        StorageError: a place cannot be reached.
     """
-    if config.label_column in NOT_A_LABEL:
-        raise InputError(Fault("data.label_column", f"got {config.label_column!r}", "a column of feedback"))
-    place = Storage(config.path) if config.path is not None else storage
-    folder = "" if config.path is not None else f"raw/{config.name}"
-    found = place.list(folder)
-    logs = tuple(path for path in found if path.endswith(".inter"))
-    catalogues = [path for path in found if path.endswith(".item")]
-    if not logs or len(catalogues) != 1:
-        raise InputError(
-            Fault(
-                place.display(*filter(None, [folder])),
-                f"holds {len(logs)} *.inter and {len(catalogues)} *.item files",
-                "at least one *.inter and exactly one *.item",
-                "set data.path to the folder of the raw files"
-                if config.path is not None or config.name not in KNOWN
-                else f"get them with `dti-ray data get {config.name}`, or set data.path",
-            )
-        )
-    wanted = {"user_id": "user_id", "item_id": "item_id", config.label_column: "label", "timestamp": "time"}
-    columns = [_columns(place, log, wanted) for log in logs]
-    for log, other in zip(logs, columns, strict=True):
-        if other != columns[0]:
-            problem, expected = f"has columns {', '.join(other)}", f"{', '.join(columns[0])} as in {logs[0]}"
-            raise InputError(Fault(place.display(log), problem, expected))
-    return RawLog(place, logs, catalogues[0], columns[0])
-
-
-def read_items(storage: Storage, path: str) -> pa.Table:
-    """Return the catalogue in a `*.item` file, in the file's order, with the columns of `ITEMS`.
-
-    Raises:
-        InputError: the file is missing or is no table, or a column is missing.
-    """
-    columns = _columns(storage, path, ITEM_COLUMNS)
-    with _open(storage, path) as stream, _faults(storage.display(path)):
-        table = csv.read_csv(stream, parse_options=_parse_options(), convert_options=_convert_options(columns))
-    return table.rename_columns([columns[name] for name in table.column_names]).select(ITEMS.names)
-
-
-def _is_intact(storage: Storage, folder: str) -> bool:
-    manifest = storage.read_manifest(folder)
-    if manifest is None:
-        return False
-    try:
-        storage.verify(folder, manifest[0])
-    except StorageError:  # changed since; what was fetched can be fetched again
-        return False
-    return True
-
-
-def _extract(archive: zipfile.ZipFile, source: Download, file: str, storage: Storage, folder: str) -> FileEntry:
-    written = storage.write(f"{folder}/{file}", archive.read(f"{source.folder}/{file}"))
-    return FileEntry(file, written.size_bytes, written.sha256)
-
-
-def _wheel(source: Download, on_progress: Progress) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dti_ray"
-    kept = cache / f"{source.requirement.replace('==', '-')}.whl"
-    if not (kept.is_file() and _sha256(kept) == source.sha256):
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _pip_download(source.requirement, Path(folder), on_progress)
-            (wheel,) = Path(folder).glob("*.whl")
-            if (found := _sha256(wheel)) != source.sha256:
-                raise InputError(
-                    Fault(source.requirement, f"came with SHA-256 {found}", source.sha256, "check the index")
-                )
-            wheel.replace(kept)
-    size = kept.stat().st_size
-    on_progress(size, size)
-    return kept
-
-
-def _pip_download(requirement: str, folder: Path, on_progress: Progress) -> None:
-    """Run pip in a process of its own and read its progress; it has no public Python interface."""
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    options += ["--progress-bar", "raw" if _pip_version() >= RAW_PROGRESS_SINCE_PIP else "off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
-    last: deque[str] = deque(maxlen=LAST_LINES_OF_PIP)
-    on_progress(0, None)
-    with subprocess.Popen(  # noqa: S603 - a fixed command of ours, without a shell
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            match line.split():
-                case ["Progress", done, "of", total] if done.isdigit() and total.isdigit():
-                    on_progress(int(done), int(total) or None)
-                case [_, *_]:
-                    last.append(line.strip())
-    if process.returncode != 0:
-        problem = f"pip could not download it (exit code {process.returncode}): {' | '.join(last)}"
-        raise InputError(Fault(requirement, problem, hint="check the network and pip's configuration"))
-
-
-def _pip_version() -> tuple[int, ...]:
-    try:
-        version = importlib.metadata.version("pip")
-    except importlib.metadata.PackageNotFoundError:  # `python -m pip` will say so itself
-        return ()
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _columns(storage: Storage, path: str, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Return heading → canonical name for the wanted columns of a file."""
-    with _open(storage, path) as stream, _faults(storage.display(path)):
-        heading = csv.open_csv(stream, parse_options=_parse_options()).schema.names
-    by_name = {name.partition(":")[0]: name for name in heading}
-    missing = [name for name in wanted if name not in by_name]
-    if missing:
-        raise InputError(
-            *(
-                Fault(storage.display(path), f"has no column {name}", hint=f"found {', '.join(heading)}")
-                for name in missing
-            )
-        )
-    return {by_name[name]: canonical for name, canonical in wanted.items()}
-
-
-def _open(storage: Storage, path: str) -> pa.NativeFile:
-    try:
-        return storage.filesystem.open_input_stream(storage.path(path))
-    except FileNotFoundError:
-        raise InputError(Fault(storage.display(path), "is missing", "a file")) from None
-    except OSError as error:
-        raise StorageError(Fault(storage.display(path), f"cannot be read: {error}")) from error
-
-
-@contextmanager
-def _faults(where: str) -> Iterator[None]:
-    """Turn what the CSV reader raises into an error that names the file."""
-    try:
-        yield
-    except pa.ArrowInvalid as error:
-        problem = f"cannot be read as a table: {' '.join(str(error).split())}"
-        raise InputError(Fault(where, problem, "tab-separated UTF-8 text with a heading")) from error
-    except OSError as error:
-        raise StorageError(Fault(where, f"cannot be read: {error}")) from error
-
-
-def _parse_options() -> csv.ParseOptions:
-    return csv.ParseOptions(delimiter=DELIMITER, quote_char=False)  # a quotation mark is a letter like any other
-
-
-def _convert_options(columns: Mapping[str, str]) -> csv.ConvertOptions:
-    return csv.ConvertOptions(
-        include_columns=list(columns),
-        column_types=dict.fromkeys(columns, pa.string()),
-        strings_can_be_null=False,  # a film may be called "NA"
+    place = raw_place(config.path, config.name, storage)
+    age, logs, catalogue = _choose(place, config)
+    storage, form = place.storage, age.form
+    columns = dict(age.columns) | {LABEL + name: name for name in parse_label(config.label).columns}
+    columns = _with_types(storage, logs, form, columns)
+    item_columns = _with_types(storage, (catalogue,), form, age.item_columns) if age.item_columns else {}
+    keys = {name: "data.label" if name.startswith(LABEL) else "MovieLens' layout" for name in columns}
+    wanted = [Wanted(heading, keys[name]) for name, heading in columns.items()]
+    item_wanted = [Wanted(heading, "MovieLens' layout") for heading in item_columns.values()]
+    headings.together(
+        partial(headings.check, storage, logs, form, wanted, config.on_bad_file == "quarantine"),
+        partial(headings.check, storage, [catalogue] if item_wanted else [], form, item_wanted, skip_damaged=False),
     )
+    readers = {
+        RECBOLE: partial(films.read_recbole, storage, catalogue, form, item_columns),
+        OF_20M: partial(films.read_csv, storage, catalogue, form, item_columns),
+        OF_1M: partial(films.read_dat, storage, catalogue),
+        OF_100K: partial(films.read_100k, storage, catalogue),
+    }
+    shown = (storage.display(catalogue),)
+    return RawLog(storage, logs, form, columns, shown, read_catalogue=readers[age])
+
+
+def _choose(place: Place, config: DataConfig) -> tuple[Age, tuple[str, ...], str]:
+    """Return the layout, the logs and the catalogue of the uppermost folder that holds any; zips come last."""
+    for candidates in (place, with_members(place)):
+        found = _found(candidates)
+        depth = min((len(PurePosixPath(folder).parts) for folder, _ in found), default=0)
+        uppermost = [key for key in found if len(PurePosixPath(key[0]).parts) == depth]
+        if len(uppermost) > 1:
+            problem = f"holds several logs: {', '.join(sorted(found[key][0][0] for key in uppermost))}"
+            raise InputError(Fault(place.name, problem, "one", "set data.path to the folder of one of them"))
+        if uppermost:
+            age, (logs, catalogues) = uppermost[0][1], found[uppermost[0]]
+            if len(catalogues) == 1:
+                return age, logs, catalogues[0]
+            problem = f"holds {logs[0]} and {len(catalogues)} {age.catalogue} beside it"
+            raise InputError(Fault(place.name, problem, f"exactly one {age.catalogue}"))
+    known = config.path is None and config.name in KNOWN
+    hint = f"get them with `dti-ray data get {config.name}`, or set data.path" if known else "set data.path"
+    expected = " or ".join(f"{age.logs} with {age.catalogue}" for age in AGES)
+    raise InputError(Fault(place.name, "holds no MovieLens log", expected, hint))
+
+
+def _found(place: Place) -> dict[tuple[str, Age], tuple[tuple[str, ...], list[str]]]:
+    """Return (folder, layout) → its logs and catalogues, for those that have logs."""
+    by_folder: dict[str, list[str]] = {}
+    for file in place.files:
+        by_folder.setdefault(str(PurePosixPath(file.replace(MEMBER, "/")).parent), []).append(file)
+    found = {}
+    for folder, files in by_folder.items():
+        for age in AGES:
+            logs = tuple(file for file in files if _is_named(file, age.logs))
+            if logs:
+                found[folder, age] = logs, [file for file in files if _is_named(file, age.catalogue)]
+    return found
+
+
+def _is_named(file: str, pattern: str) -> bool:
+    return fnmatch(base_name(file).lower(), pattern)
+
+
+def _with_types(storage: Storage, files: tuple[str, ...], form: Format, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns with the headings as they stand in the first file that can be read, `rating:float` say."""
+    found = next((read for read in headings.read_all(storage, files, form) if isinstance(read, list)), [])
+    typed = {name.partition(":")[0]: name for name, _ in found}
+    return {name: typed.get(heading, heading) for name, heading in columns.items()}
