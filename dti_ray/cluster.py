@@ -26,6 +26,7 @@ def connect(cluster: ClusterConfig) -> None:
         return
     wanted = int(cluster.workers * cluster.cpus_per_worker) + cluster.data_cpus + 1
     ray.init(
+        address="local",  # not the one that `ray start` may have left on this machine
         num_cpus=max(os.cpu_count() or 1, wanted),
         object_store_memory=cluster.object_store_mb * 2**20,
         include_dashboard=False,

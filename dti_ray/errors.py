@@ -64,9 +64,14 @@ class InputError(DtiRayError):
 
 
 class StorageError(DtiRayError):
-    """The storage root cannot be reached, read or written."""
+    """The storage root cannot be reached, read or written.
+
+    Attributes:
+        is_final: it was tried again for a while already; whoever catches it need not.
+    """
 
     exit_code = EXIT_BAD_INPUT
+    is_final = False
 
 
 class IncompleteError(DtiRayError):

@@ -8,14 +8,18 @@ what lies there.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import os
+import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from pyarrow import fs
@@ -25,7 +29,14 @@ from dti_ray.errors import Fault, StorageError
 MANIFEST = "manifest.json"
 S3_CONNECT_TIMEOUT_S = 10
 S3_REQUEST_TIMEOUT_S = 60
-S3_MAX_ATTEMPTS = 4
+S3_MAX_ATTEMPTS = 3
+RETRY_AFTER_S = (1, 2, 4, 8, 16)  # an object store that is away for half a minute is waited for
+HOPELESS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "InvalidAccessKey", "Forbidden")
+VERIFYING_THREADS = 8
+READ_BYTES = 8 << 20
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class FileEntry:
 class Storage:
     """A root below which everything of this package lies.
 
+    What fails on an object store is tried again after 1, 2, 4, 8 and 16 seconds, unless keys or rights are wrong.
+
     Args:
         root: local folder, or `file://`, `s3://bucket/prefix`, `gs://bucket/prefix`. An S3 endpoint comes
             from `AWS_ENDPOINT_URL` or from `?endpoint_override=http://host:port` on the root.
@@ -51,6 +64,33 @@ class Storage:
     def __init__(self, root: str) -> None:
         self.root = root
         self.filesystem, self.base = _open(root)
+        self.retry_after_s = () if isinstance(self.filesystem, fs.LocalFileSystem) else RETRY_AFTER_S
+
+    def attempt(self, verb: str, path: str, operation: Callable[[], T]) -> T:
+        """Run an operation on a path; on an object store, again after a while if it fails.
+
+        Args:
+            verb: what is done, as in "cannot be <verb>".
+            path: relative to the root.
+            operation: it must have the same effect when it runs twice.
+
+        Raises:
+            StorageError: it failed every time.
+        """
+        try:
+            with _faults(verb, self.display(path), sum(self.retry_after_s)):
+                for delay_s in self.retry_after_s:
+                    try:
+                        return operation()
+                    except (OSError, StorageError) as error:
+                        if not _is_transient(error):
+                            raise
+                        log.warning("%s cannot be %s, again in %d s: %s", self.display(path), verb, delay_s, error)
+                    time.sleep(delay_s)
+                return operation()
+        except StorageError as error:
+            error.is_final = True
+            raise
 
     def path(self, *parts: str) -> str:
         """Return the path that `self.filesystem` understands."""
@@ -62,8 +102,13 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         """Say whether a file or folder lies at the relative path."""
-        with _faults("looked up", self.display(path)):
-            return self.filesystem.get_file_info(self.path(path)).type != fs.FileType.NotFound
+        return self.infos([path])[0].type != fs.FileType.NotFound
+
+    def infos(self, paths: Sequence[str]) -> list[fs.FileInfo]:
+        """Return what the file system knows of some relative paths: type, size, time of the last change."""
+        where = paths[0] if paths else ""
+        full = [self.path(path) for path in paths]
+        return self.attempt("looked up", where, lambda: self.filesystem.get_file_info(full))
 
     def read(self, path: str) -> bytes:
         """Return a file's content.
@@ -71,40 +116,46 @@ class Storage:
         Raises:
             StorageError: the file is missing or cannot be read.
         """
-        with (
-            _faults("read", self.display(path)),
-            self.filesystem.open_input_stream(self.path(path)) as stream,
-        ):
-            return stream.read()
+
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.path(path)) as stream:
+                return stream.read()
+
+        return self.attempt("read", path, read)
 
     def write(self, path: str, content: bytes) -> FileEntry:
         """Write a file so that readers see the old content or the new one, never a part."""
         target = self.path(path)
-        with _faults("written", self.display(path)):
+
+        def write() -> None:
             if isinstance(self.filesystem, fs.LocalFileSystem):
                 _write_local(Path(target), content)
             else:
                 with self.filesystem.open_output_stream(target) as stream:
                     stream.write(content)
+
+        self.attempt("written", path, write)
         return FileEntry(path, len(content), hashlib.sha256(content).hexdigest())
 
     def list(self, path: str, recursive: bool = False) -> list[str]:
         """Return the relative paths of what lies in a folder, sorted; empty if there is none."""
         selector = fs.FileSelector(self.path(path), allow_not_found=True, recursive=recursive)
-        with _faults("listed", self.display(path)):
-            infos = self.filesystem.get_file_info(selector)
+        infos = self.attempt("listed", path, lambda: self.filesystem.get_file_info(selector))
         start = len(self.base.rstrip("/")) + 1
         return sorted(info.path[start:] for info in infos if not (recursive and not info.is_file))
 
     def delete(self, path: str) -> None:
         """Delete a folder or file; nothing happens if there is none."""
         target = self.path(path)
-        with _faults("deleted", self.display(path)):
+
+        def delete() -> None:
             kind = self.filesystem.get_file_info(target).type
             if kind == fs.FileType.Directory:
                 self.filesystem.delete_dir(target)
             elif kind == fs.FileType.File:
                 self.filesystem.delete_file(target)
+
+        self.attempt("deleted", path, delete)
 
     def upload(self, folder: Path, to: str) -> list[FileEntry]:
         """Copy all files below a local folder; return their entries, relative to `to`."""
@@ -123,7 +174,7 @@ class Storage:
         """
         for entry in entries:
             content = self.read(f"{path}/{entry.path}")
-            _check_hash(self.display(path, entry.path), entry, content)
+            _check_hash(self.display(path, entry.path), entry, len(content), hashlib.sha256(content).hexdigest())
             _write_local(to / entry.path, content)
 
     def write_manifest(self, path: str, files: Sequence[FileEntry], body: dict[str, object]) -> None:
@@ -148,13 +199,27 @@ class Storage:
             ) from error
 
     def verify(self, path: str, files: Iterable[FileEntry]) -> None:
-        """Hold every file against its size and hash.
+        """Hold every file against its size and hash, several at once, in bounded memory.
 
         Raises:
             StorageError: a file is missing or differs.
         """
-        for entry in files:
-            _check_hash(self.display(path, entry.path), entry, self.read(f"{path}/{entry.path}"))
+        entries = list(files)
+        with ThreadPoolExecutor(VERIFYING_THREADS) as pool:
+            found = pool.map(lambda entry: self._hash(f"{path}/{entry.path}"), entries)
+            for entry, (size_bytes, sha256) in zip(entries, found, strict=True):
+                _check_hash(self.display(path, entry.path), entry, size_bytes, sha256)
+
+    def _hash(self, path: str) -> tuple[int, str]:
+        def read() -> tuple[int, str]:
+            digest, size_bytes = hashlib.sha256(), 0
+            with self.filesystem.open_input_stream(self.path(path)) as stream:
+                while chunk := stream.read(READ_BYTES):
+                    digest.update(chunk)
+                    size_bytes += len(chunk)
+            return size_bytes, digest.hexdigest()
+
+        return self.attempt("read", path, read)
 
     def check_writable(self) -> None:
         """Write, read and delete a probe, so that a bad root fails before anything starts.
@@ -162,11 +227,12 @@ class Storage:
         Raises:
             StorageError: the root cannot be reached or written.
         """
-        probe = f".probe-{uuid.uuid4().hex}"
-        self.write(probe, b"probe")
-        if self.read(probe) != b"probe":
+        probe, once = f".probe-{uuid.uuid4().hex}", copy.copy(self)
+        once.retry_after_s = ()
+        once.write(probe, b"probe")
+        if once.read(probe) != b"probe":
             raise StorageError(Fault(self.root, "returned other bytes than were written"))
-        self.delete(probe)
+        once.delete(probe)
 
 
 def absolute(root: str) -> str:
@@ -177,9 +243,9 @@ def absolute(root: str) -> str:
 def _open(root: str) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(root)
     if parts.scheme in ("s3", "gs") and not parts.netloc:
-        raise StorageError(Fault("storage.root", f"got {root!r}", f"{parts.scheme}://bucket/prefix"))
+        raise StorageError(Fault(repr(root), "names no bucket", f"{parts.scheme}://bucket/prefix"))
     if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
-        raise StorageError(Fault("storage.root", f"got {root!r}", "file:///absolute/path, or a path alone"))
+        raise StorageError(Fault(repr(root), "names a host", "file:///absolute/path, or a path alone"))
     if parts.scheme == "s3":
         override = parse_qs(parts.query).get("endpoint_override", [os.environ.get("AWS_ENDPOINT_URL", "")])[0]
         endpoint = urlsplit(override)
@@ -195,7 +261,7 @@ def _open(root: str) -> tuple[fs.FileSystem, str]:
         return fs.GcsFileSystem(), parts.netloc + parts.path
     if parts.scheme in ("", "file"):
         return fs.LocalFileSystem(), str(Path(parts.path if parts.scheme else root).expanduser().resolve())
-    raise StorageError(Fault("storage.root", f"got {root!r}", "a folder, or a file://, s3:// or gs:// URI"))
+    raise StorageError(Fault(repr(root), "is no place that can be opened", "a folder, or a file://, s3:// or gs:// URI"))
 
 
 def _write_local(target: Path, content: bytes) -> None:
@@ -205,35 +271,38 @@ def _write_local(target: Path, content: bytes) -> None:
     temporary.replace(target)
 
 
-def _check_hash(name: str, entry: FileEntry, content: bytes) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != entry.sha256:
+def _check_hash(name: str, entry: FileEntry, size_bytes: int, sha256: str) -> None:
+    if sha256 != entry.sha256:
         raise StorageError(
             Fault(
                 name,
-                f"has hash {found[:12]}… and {len(content)} bytes",
+                f"has hash {sha256[:12]}… and {size_bytes} bytes",
                 f"{entry.sha256[:12]}… and {entry.size_bytes} bytes as in its manifest",
                 "the file was changed after it was written; make it again",
             )
         )
 
 
+def _is_transient(error: Exception) -> bool:
+    """Say whether waiting may help: what is missing, or forbidden, stays so."""
+    if isinstance(error, StorageError):
+        return not error.is_final and isinstance(error.__cause__, OSError)
+    is_hopeless = isinstance(error, (FileNotFoundError, PermissionError))
+    return isinstance(error, OSError) and not is_hopeless and not any(word in str(error) for word in HOPELESS)
+
+
 class _faults:  # noqa: N801 - reads as a statement
     """Turn what a file system raises into a StorageError that names the path."""
 
-    def __init__(self, verb: str, where: str) -> None:
-        self.verb, self.where = verb, where
+    def __init__(self, verb: str, where: str, tried_s: float) -> None:
+        self.verb, self.where, self.tried_s = verb, where, tried_s
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
-            reason = " ".join(str(error).split())[:300]
-            raise StorageError(
-                Fault(
-                    self.where,
-                    f"cannot be {self.verb}: {reason}",
-                    hint="check the root, its keys and its rights",
-                )
-            ) from error
+            reason, hint = " ".join(str(error).split())[:300], "check the root, its keys and its rights"
+            if self.tried_s and _is_transient(error):
+                hint = f"it was tried for {self.tried_s:g} s; {hint}, then run the same command: it goes on from here"
+            raise StorageError(Fault(self.where, f"cannot be {self.verb}: {reason}", hint=hint)) from error

@@ -21,6 +21,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # and not what else may run on this machine
         num_cpus=4,
         object_store_memory=200 * 2**20,
         include_dashboard=False,

@@ -1,16 +1,12 @@
-"""From checked rows to users: time-ordered, split, laid down as Parquet segments.
+"""Users laid down as Parquet segments: a data set, written and read.
 
-Stage: after checks. In: rows of `INTERACTIONS`. Out: `SEQUENCES` (one row per user) and refused rows; from a
-prepared data set, `UserSequences` and the ItemTable.
-Invariants: an item is its index in the ItemTable sorted by item_id (as UTF-8 bytes); a user's interactions
-are ordered by (time, item index), which is therefore (time, item_id): total, and the same for any order of
-the input; no row is lost: each is in a sequence or refused.
+Stage: interactions. In: `SEQUENCES`, one row per user (data/sequences makes them). Out: shards and a manifest; from a
+complete data set `UserSequences` and the ItemTable.
+Invariants: an item is its index in the ItemTable sorted by item_id (as UTF-8 bytes); a segment is a row group of whole
+users; a data set is complete if and only if its manifest is there, which holds every file's size and SHA-256.
 
-    user item label time          train_fraction 0.5, valid_fraction 0.25
-    u    b    1     7             user_id items      labels     times      splits
-    u    a    0     7        →    u       [c,a,b,a]  [1,0,1,1]  [3,7,7,9]  [0,0,1,2]
-    u    c    1     3
-    u    a    1     9
+    user_id items      labels     times      splits         part-00000.parquet: row group 0 = users 0 to 9, ...
+    u       [c,a,b,a]  [1,0,1,1]  [3,7,7,9]  [0,0,1,2]      manifest.json: 10 users, 1,031 interactions, targets 820 ...
 """
 
 # pyarrow.compute makes its functions at run time, where no type checker sees them.
@@ -18,9 +14,9 @@ the input; no row is lost: each is in a sequence or refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,8 +25,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
-from dti_ray.config.schema import DataConfig
-from dti_ray.data.checks import INTERACTIONS, QUARANTINE
 from dti_ray.errors import Fault, InputError, StorageError
 from dti_ray.storage import FileEntry, Storage
 
@@ -46,17 +40,9 @@ SEQUENCES = pa.schema(
         ("splits", pa.list_(pa.int8())),
     ]
 )
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ITEMS_FILE = "items.parquet"
-ROUNDING = 1e-9  # 0.7 + 0.1 is a little less than 0.8
-
-
-@dataclass(frozen=True)
-class Boundaries:
-    """Last second of the training and of the validation split, for `split: global_time`."""
-
-    train_until: int
-    valid_until: int
+FOOTERS = 64  # kept in memory, of the shards that were read last
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +94,6 @@ class Segment:
     interactions: int
     targets: tuple[int, int, int]
 
-    @classmethod
-    def parse(cls, tree: Mapping[str, Any]) -> Segment:
-        """Return the segment that `asdict` and JSON made a tree of."""
-        return cls(**{**tree, "targets": tuple(tree["targets"])})
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -129,6 +110,10 @@ class Dataset:
         quarantined: refused rows by reason.
         segments: in the order of shards and row groups.
         data_config: the `data` section that it was prepared with.
+        user_lengths: entry i counts users of 2^i to 2^(i + 1) - 1 interactions.
+        item_words: entry i counts items whose text columns have 2^i to 2^(i + 1) - 1 words and punctuation marks; an
+            empty text counts as one word. How many tokens that makes depends on a run's tokenizer: `data stats`.
+        files: all files with their sizes and hashes; empty until it has been opened by its manifest.
     """
 
     storage: Storage
@@ -141,6 +126,9 @@ class Dataset:
     quarantined: dict[str, int]
     segments: tuple[Segment, ...]
     data_config: dict[str, object]
+    user_lengths: tuple[int, ...] = ()
+    item_words: tuple[int, ...] = ()
+    files: tuple[FileEntry, ...] = field(default=(), compare=False)
 
     @property
     def folder(self) -> str:
@@ -148,80 +136,55 @@ class Dataset:
         return dataset_folder(self.name)
 
     def manifest(self) -> dict[str, object]:
-        """Return what `open_dataset` reads back."""
-        body = {name: value for name, value in vars(self).items() if name != "storage"}
+        """Return what `open_dataset` reads back; segments column by column, since there may be a million of them."""
+        body = {name: value for name, value in vars(self).items() if name not in ("storage", "files")}
         targets = dict(zip(SPLITS, self.targets, strict=True))
-        segments = [asdict(segment) for segment in self.segments]
-        return {"schema_version": SCHEMA_VERSION, **body, "targets": targets, "segments": segments}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **body,
+            "targets": targets,
+            "segments": segment_columns(self.segments),
+        }
 
     @classmethod
-    def parse(cls, storage: Storage, body: Mapping[str, Any]) -> Dataset:
+    def parse(cls, storage: Storage, files: Sequence[FileEntry], body: Mapping[str, Any]) -> Dataset:
         """Return the data set of which `manifest` made a tree."""
         tree = {name: value for name, value in body.items() if name != "schema_version"}
         tree["targets"] = tuple(tree["targets"][split] for split in SPLITS)
-        tree["segments"] = tuple(map(Segment.parse, tree["segments"]))
-        return cls(storage=storage, **tree)
+        tree["segments"] = tuple(segments_of(tree["segments"]))
+        for name in ("user_lengths", "item_words"):
+            tree[name] = tuple(tree[name])
+        return cls(storage=storage, files=tuple(files), **tree)
+
+
+def segment_columns(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Return segments as JSON takes them: shard → number of row groups, and one list per count."""
+    return {
+        "shards": dict(Counter(segment.shard for segment in segments)),
+        "users": [segment.users for segment in segments],
+        "interactions": [segment.interactions for segment in segments],
+        **{name: [segment.targets[split] for segment in segments] for split, name in enumerate(SPLITS)},
+    }
+
+
+def segments_of(columns: Mapping[str, Any]) -> Iterator[Segment]:
+    """Yield the segments of which `segment_columns` made lists."""
+    places = ((shard, group) for shard, groups in columns["shards"].items() for group in range(groups))
+    counts = zip(columns["users"], columns["interactions"], *(columns[name] for name in SPLITS), strict=True)
+    for (shard, group), (users, interactions, *targets) in zip(places, counts, strict=True):
+        train, valid, test = targets
+        yield Segment(shard, group, users, interactions, (train, valid, test))
+
+
+def log2_histogram(counts: NDArray[np.int64]) -> tuple[int, ...]:
+    """Count numbers >= 1 by the power of two that they reach: entry i is for 2^i to 2^(i + 1) - 1."""
+    powers = np.floor(np.log2(np.maximum(counts, 1))).astype(np.int64)
+    return tuple(np.bincount(powers).tolist()) if len(counts) else ()
 
 
 def dataset_folder(name: str) -> str:
     """Return a data set's folder, relative to the root."""
     return f"datasets/{name}"
-
-
-def global_boundaries(times: NDArray[np.int64], config: DataConfig) -> Boundaries:
-    """Return the quantiles train_fraction and train_fraction + valid_fraction of all valid times.
-
-    A quantile is the earliest second up to which at least that share of the interactions lies.
-    """
-    shares = np.array([config.train_fraction, config.train_fraction + config.valid_fraction])
-    ranks = np.ceil(shares * len(times) - ROUNDING).astype(np.int64) - 1
-    train, valid = np.partition(times, ranks)[ranks]
-    return Boundaries(int(train), int(valid))
-
-
-def sequences(
-    good: pa.Table, item_ids: pa.Array, config: DataConfig, boundaries: Boundaries | None = None
-) -> tuple[pa.Table, pa.Table]:
-    """Order each user's interactions, refuse duplicates and short users, and mark the splits.
-
-    Of rows with equal user, item and time the one with the lowest label is kept; the others are refused as
-    duplicate_event. Users with fewer than `min_interactions` after that are refused as
-    user_with_too_few_interactions. Refused rows hold label and time as they were understood.
-
-    Args:
-        good: all interactions of some users, as `INTERACTIONS`, in any order.
-        item_ids: the ItemTable's ids, in its order.
-        config: how to split, and how short a user may be.
-        boundaries: needed by `split: global_time`.
-
-    Returns:
-        (`SEQUENCES` sorted by user_id, `QUARANTINE` sorted by (user, time, item)).
-    """
-    good = good.combine_chunks()
-    users = pc.unique(good["user_id"]).sort()
-    user = pc.index_in(good["user_id"], value_set=users).to_numpy()
-    item, label, time = (good[name].to_numpy() for name in INTERACTIONS.names[1:])
-    order = np.lexsort((label, item, time, user))
-    user, item, label, time = (values[order] for values in (user, item, label, time))
-    duplicate = np.zeros(len(order), np.bool_)
-    duplicate[1:] = (np.diff(user) == 0) & (np.diff(item) == 0) & (np.diff(time) == 0)
-    counts = np.bincount(user[~duplicate], minlength=len(users))
-    is_long = counts >= config.min_interactions
-    kept = ~duplicate & is_long[user]
-    splits = _splits(time[kept], counts[is_long], config, boundaries)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts[is_long])]), pa.int32())
-    flat = (item[kept], label[kept], time[kept], splits)
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in flat]
-    refused = pa.table(
-        {
-            "user_id": users.take(pa.array(user[~kept])),
-            "item_id": item_ids.take(pa.array(item[~kept])),
-            "label": pc.cast(pa.array(label[~kept]), pa.string()),
-            "time": pc.cast(pa.array(time[~kept]), pa.string()),
-            "reason": np.where(duplicate[~kept], "duplicate_event", "user_with_too_few_interactions"),
-        }
-    )
-    return pa.table([users.filter(pa.array(is_long)), *lists], schema=SEQUENCES), refused.cast(QUARANTINE)
 
 
 def write_shard(
@@ -274,7 +237,16 @@ def open_dataset(storage: Storage, name: str) -> Dataset:
         where = storage.display(folder, "manifest.json")
         raise InputError(Fault(where, f"has schema version {version}", str(SCHEMA_VERSION), hint))
     _check_sizes(storage, folder, files)
-    return Dataset.parse(storage, body)
+    return Dataset.parse(storage, files, body)
+
+
+def verify_dataset(dataset: Dataset) -> None:
+    """Hold every file of a data set against the SHA-256 in its manifest: once per launch, it reads everything.
+
+    Raises:
+        StorageError: a file differs, or cannot be read.
+    """
+    dataset.storage.verify(dataset.folder, dataset.files)
 
 
 def read_segment(dataset: Dataset, segment: Segment) -> UserSequences:
@@ -283,8 +255,7 @@ def read_segment(dataset: Dataset, segment: Segment) -> UserSequences:
     Raises:
         StorageError: the shard is missing or damaged.
     """
-    with _shard(dataset, segment.shard) as file:
-        table = file.read_row_group(segment.row_group)
+    table = _read(dataset, segment.shard, lambda file: file.read_row_group(segment.row_group))
     return UserSequences.from_table(table)
 
 
@@ -294,10 +265,8 @@ def read_all(dataset: Dataset) -> UserSequences:
     Raises:
         StorageError: a shard is missing or damaged.
     """
-    tables = []
-    for shard in dict.fromkeys(segment.shard for segment in dataset.segments):
-        with _shard(dataset, shard) as file:
-            tables.append(file.read())
+    shards = dict.fromkeys(segment.shard for segment in dataset.segments)
+    tables = [_read(dataset, shard, pq.ParquetFile.read) for shard in shards]
     return UserSequences.from_table(pa.concat_tables(tables))
 
 
@@ -307,23 +276,7 @@ def read_items(dataset: Dataset) -> pa.Table:
     Raises:
         StorageError: the file is missing or damaged.
     """
-    with _shard(dataset, ITEMS_FILE) as file:
-        return file.read()
-
-
-def _splits(
-    times: NDArray[np.int64], counts: NDArray[np.int64], config: DataConfig, boundaries: Boundaries | None
-) -> NDArray[np.int8]:
-    """Return each interaction's index into `SPLITS`; users lie one after the other, `counts` long."""
-    if config.split == "global_time":
-        assert boundaries is not None, "prepare computes them for this split"
-        in_valid, in_test = times > boundaries.train_until, times > boundaries.valid_until
-    else:
-        rank = np.arange(len(times)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first_valid = np.floor(config.train_fraction * counts + ROUNDING)
-        first_test = np.floor((config.train_fraction + config.valid_fraction) * counts + ROUNDING)
-        in_valid, in_test = rank >= np.repeat(first_valid, counts), rank >= np.repeat(first_test, counts)
-    return in_valid.astype(np.int8) + in_test.astype(np.int8)
+    return _read(dataset, ITEMS_FILE, pq.ParquetFile.read)
 
 
 def _row_groups(offsets: NDArray[np.int64], segment_interactions: int) -> Iterator[tuple[int, int]]:
@@ -351,17 +304,35 @@ def _check_sizes(storage: Storage, folder: str, files: Iterable[FileEntry]) -> N
         raise StorageError(*faults)
 
 
-@contextmanager
-def _shard(dataset: Dataset, path: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file of the data set; what goes wrong while it is read names it."""
-    storage = dataset.storage
-    try:
-        with (
-            storage.filesystem.open_input_file(storage.path(dataset.folder, path)) as source,
-            pq.ParquetFile(source, page_checksum_verification=True) as file,
-        ):
-            yield file
-    except (OSError, ValueError) as error:  # ArrowInvalid and UnicodeDecodeError are ValueErrors
-        where, reason = storage.display(dataset.folder, path), " ".join(str(error).split())
-        hint = "delete the data set's folder and run `dti-ray prepare`"
-        raise StorageError(Fault(where, f"cannot be read: {reason}", hint=hint)) from error
+def _read(dataset: Dataset, path: str, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+    """Read from a Parquet file of the data set; what fails is held against its hash, to tell damage from bad storage."""
+    storage, full = dataset.storage, f"{dataset.folder}/{path}"
+    entries = [entry for entry in dataset.files if entry.path == path]
+
+    def attempt() -> pa.Table:
+        try:
+            with storage.filesystem.open_input_file(storage.path(full)) as source:
+                footer = _footer(source, storage.display(full), entries[0].sha256) if entries else None
+                with pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as file:
+                    return read(file)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # ArrowInvalid and UnicodeDecodeError are ValueErrors
+            storage.verify(dataset.folder, entries)
+            raise OSError(" ".join(str(error).split())) from error
+
+    return storage.attempt("read", full, attempt)
+
+
+def _footer(source: pa.NativeFile, where: str, sha256: str) -> pq.FileMetaData:
+    """Return a shard's footer, from memory if it was read lately: parsing it takes far longer than a row group."""
+    found = _footers.get((where, sha256))
+    if found is None:
+        found = pq.read_metadata(source)
+        if len(_footers) >= FOOTERS:
+            _footers.pop(next(iter(_footers)), None)
+        _footers[where, sha256] = found
+    return found
+
+
+_footers: dict[tuple[str, str], pq.FileMetaData] = {}

@@ -1,14 +1,13 @@
 """The job that turns a raw log into a data set: read, check, group by user, write.
 
-Stage: sources → checks → interactions, over Ray Data. In: a `RunConfig` and the storage root; Ray must be
+Stage: sources → checks → sequences → interactions, over Ray Data. In: a `RunConfig` and the storage root; Ray must be
 running. Out: the opened `Dataset`.
-Invariants: the data set is a function of the raw rows and the `data` section alone, byte for byte, whatever
-the number of workers and the order in which they finish, and whether a task runs once or twice; it is visible
-only once its manifest is written, last; an existing data set is never changed.
+Invariants: the shards are a function of the raw rows and the `data` section alone, byte for byte, whatever the number
+of workers and the order in which they finish, and whether a task runs once or twice; the data set is visible only once
+its manifest is written; an existing data set is never changed; what a broken attempt finished is not done again.
 
-    count     one task per log         → rows, and from them the number of partitions P
-    scatter   one task per log         → checked rows as scratch files, batch p = users with crc32(user_id) mod P = p
-    gather    one task per partition p → batch p of every scratch file: one shard, what it refuses to quarantine
+    scatter   one task per piece of the log → checked rows as scratch files; batch p: users with crc32(id) mod P = p
+    gather    one task per partition p      → batch p of every scratch file: one shard, what it refuses to quarantine
 """
 
 # pyarrow.compute makes its functions at run time, where no type checker sees them.
@@ -16,95 +15,82 @@ only once its manifest is written, last; an existing data set is never changed.
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import math
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
-from numpy.typing import NDArray
-from pyarrow import ipc
-from pyarrow import parquet as pq
-from ray.exceptions import RayTaskError
+import ray
 
 from dti_ray.config.schema import DataConfig, RunConfig
-from dti_ray.data.checks import INTERACTIONS, QUARANTINE, check, item_table
+from dti_ray.data import sources
+from dti_ray.data.attempt import NOT_IN_CONTENT, SCRATCH, Attempt, begin
+from dti_ray.data.checks import REFUSED, item_table
+from dti_ray.data.clock import Kind, unit_of
+from dti_ray.data.gather import Gathering, Part, count_times, gather, named, write_parquet
 from dti_ray.data.interactions import (
     ITEMS_FILE,
     SPLITS,
-    Boundaries,
     Dataset,
-    Segment,
     dataset_folder,
-    global_boundaries,
+    log2_histogram,
     open_dataset,
-    sequences,
-    write_shard,
+    verify_dataset,
 )
-from dti_ray.data.sources import movielens
-from dti_ray.data.sources.movielens import RawLog
-from dti_ray.errors import DtiRayError, Fault, InputError, StorageError
+from dti_ray.data.ray_jobs import Tree, Watch
+from dti_ray.data.scatter import EXAMPLES, Scattered, collect_items, first_of_each, scatter
+from dti_ray.data.sequences import Boundaries, boundary_ranks
+from dti_ray.errors import Fault, InputError
 from dti_ray.storage import FileEntry, Storage
 
 logger = logging.getLogger(__name__)
 
-SCRATCH = "scratch"
-# Checked rows: a good one has the columns of `INTERACTIONS`, a refused one `refused_*` and a reason.
-REFUSED = {"user_id": "user_id", **{name: f"refused_{name}" for name in ("item_id", "label", "time")}}
+UNREADABLE = "unreadable_file"
+COMMONEST = 3  # reasons that the message on too many bad rows quotes
+DAY_S = 86_400
+SEGMENT = (1_024, 16_384)  # interactions: small ones shuffle better, large ones are read faster
+SEGMENTS = 1_000
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a task wrote for one partition of the users."""
-
-    partition: int
-    files: list[FileEntry]
-    segments: list[Segment]
-    clicks: int
-    quarantined: dict[str, int]
-
-
-def prepare(config: RunConfig, storage: Storage) -> Dataset:
+def prepare(config: RunConfig, storage: Storage, watch: Watch | None = None) -> Dataset:
     """Make the data set that `config.data` describes, or open it if it is there already.
 
     Args:
         config: only its `data` section matters.
         storage: the root; every node of the cluster must reach it.
+        watch: told of progress.
 
     Raises:
-        InputError: raw files, columns or good rows are missing, or a data set of that name was prepared with
-            another `data` section.
-        StorageError: the root cannot be read or written.
+        InputError: raw files, columns or good rows are missing, too many rows are bad, units of time are mixed, or a
+            data set of that name was prepared with another `data` section.
+        StorageError: the root cannot be read or written; a second attempt goes on where this one stopped.
     """
     data, folder = config.data, dataset_folder(config.data.name)
     existing = _existing(data, storage)
     if existing is not None:
         logger.info("%s is complete already", storage.display(folder))
         return existing
-    raw = movielens.locate(data, storage)
-    items = item_table(movielens.read_items(raw.storage, raw.catalogue))
-    storage.delete(folder)  # what a broken attempt left there
-    with _ray_data():
-        parts = _write_parts(raw, items["item_id"].combine_chunks(), data, storage)
-    dataset = _summary(parts, len(items), data, storage)
-    if not dataset.interactions:
-        raise _no_good_rows(dataset)
-    written = storage.write(f"{folder}/{ITEMS_FILE}", _parquet(items))
-    files = [FileEntry(ITEMS_FILE, written.size_bytes, written.sha256)]
-    storage.write_manifest(folder, files + [file for part in parts for file in part.files], dataset.manifest())
-    logger.info("%s: %d interactions of %d users", storage.display(folder), dataset.interactions, dataset.users)
-    return open_dataset(storage, data.name)
+    raw = sources.locate(data, storage)
+    items = item_table(raw.read_catalogue()) if raw.read_catalogue is not None else None
+    attempt = Attempt(data, storage, raw, raw.pieces(), watch or Watch())
+    begin(attempt, items)
+    if items is None:
+        items = item_table(_collect_items(attempt))
+    shared = ray.put(items["item_id"].combine_chunks())
+    found, bad_files = _scatter(attempt, shared)
+    _check_bad_fraction(found, data, storage)
+    job = _gathering(attempt, found)
+    partitions = _partitions(attempt)
+
+    def task(partition: int) -> Tree:
+        return gather(partition, job, ray.get(shared), data, storage, folder).tree()
+
+    parts = [Part.parse(tree) for tree in attempt.run(task, partitions, "shard")] if job.blocks else []
+    return _complete(attempt, items, parts, bad_files)
 
 
 def _existing(data: DataConfig, storage: Storage) -> Dataset | None:
@@ -112,7 +98,7 @@ def _existing(data: DataConfig, storage: Storage) -> Dataset | None:
     if storage.read_manifest(folder) is None:
         return None
     dataset = open_dataset(storage, data.name)
-    asked, stored = data.model_dump(mode="json"), dataset.data_config
+    asked, stored = data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)), dataset.data_config
     faults = [
         Fault(
             f"data.{key}",
@@ -125,182 +111,179 @@ def _existing(data: DataConfig, storage: Storage) -> Dataset | None:
     ]
     if faults:
         raise InputError(*faults)
+    verify_dataset(dataset)
+    storage.delete(f"{folder}/{SCRATCH}")  # where an attempt died between its manifest and this
     return dataset
 
 
-def _write_parts(raw: RawLog, item_ids: pa.Array, data: DataConfig, storage: Storage) -> list[Part]:
-    """Run the three Ray Data jobs; between them, rows lie in storage and not in Ray's object store."""
-    logs = len(raw.logs)
-    rows = sum(row["rows"] for row in _run(partial(_count, raw=raw), logs))
-    if not rows:
-        return []
-    partitions = math.ceil(rows / data.shard_interactions)
-    logger.info("%d rows counted; grouping them by user into %d shards", rows, partitions)
-    given = {"item_ids": item_ids, "data": data, "storage": storage}
-    blocks = _run(partial(_scatter, raw=raw, partitions=partitions, **given), logs)
-    files = sorted(block["file"] for block in blocks)
-    boundaries = _boundaries((block["times"] for block in blocks), data)
-    parts = _run(partial(_gather, files=files, boundaries=boundaries, **given), partitions)
-    storage.delete(f"{dataset_folder(data.name)}/{SCRATCH}")
-    return sorted((_parse(row["part"]) for row in parts), key=lambda part: part.partition)
+def _collect_items(attempt: Attempt) -> pa.Table:
+    """Collect the items that the log itself names, each with the texts of its first row."""
+    raw, storage, pieces, scratch = attempt.raw, attempt.storage, attempt.pieces, attempt.scratch
+
+    def task(number: int) -> Tree:
+        name = f"items-{number:05d}.parquet"
+        try:
+            write_parquet(storage, scratch, name, collect_items(pieces[number], raw))
+        except InputError:  # scatter meets the same file and says so, or leaves it out
+            return {"file": ""}
+        return {"file": f"{scratch}/{name}"}
+
+    written = [tree["file"] for tree in attempt.run(task, len(pieces), "items")]
+    tables = [pa.parquet.read_table(pa.BufferReader(storage.read(file))) for file in written if file]
+    return first_of_each(pa.concat_tables(tables)) if tables else pa.table({name: [] for name in raw.item_columns})
 
 
-def _run(task: Callable[[int], list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
-    """Run `task(0)` to `task(count - 1)` as one Ray Data job; return their rows, in any order.
-
-    Ray may run a task again, even while its first attempt still runs: it must write the same files.
-    """
-    numbers = ray.data.range(count, override_num_blocks=count)
-    try:
-        return numbers.flat_map(lambda row: task(row["id"])).take_all()
-    except RayTaskError as error:
-        if isinstance(error.cause, DtiRayError):
-            raise error.cause from None
-        raise
+def _partitions(attempt: Attempt) -> int:
+    return max(1, math.ceil(sum(piece.rows for piece in attempt.pieces) / attempt.data.shard_interactions))
 
 
-def _count(log: int, raw: RawLog) -> list[dict[str, Any]]:
-    return [{"rows": sum(len(batch) for batch in raw.batches(raw.logs[log]))}]
+def _scatter(attempt: Attempt, item_ids: ray.ObjectRef[pa.Array]) -> tuple[list[Scattered], dict[int, str]]:
+    """Check all pieces; return what was found in readable files, and file → what is wrong with an unreadable one."""
+    raw, data, storage, pieces, scratch = attempt.raw, attempt.data, attempt.storage, attempt.pieces, attempt.scratch
+    partitions = _partitions(attempt)
+
+    def task(number: int) -> Tree:
+        return asdict(scatter(number, pieces[number], raw, ray.get(item_ids), data, partitions, storage, scratch))
+
+    found = [Scattered(**tree) for tree in attempt.run(task, len(pieces), "rows")]
+    bad_files = {piece.file: one.problem for piece, one in zip(pieces, found, strict=True) if one.problem}
+    kept = [one for piece, one in zip(pieces, found, strict=True) if piece.file not in bad_files]
+    for problem in bad_files.values():
+        logger.warning("left out: %s", problem)
+    return kept, bad_files
 
 
-def _scatter(
-    log: int, raw: RawLog, partitions: int, item_ids: pa.Array, data: DataConfig, storage: Storage
-) -> list[dict[str, Any]]:
-    """Write the rows of a log as scratch files, each named by its place in the log; return one row per file."""
-    written = []
-    for number, rows in enumerate(_checked_blocks(raw, raw.logs[log], item_ids, data)):
-        file = f"{dataset_folder(data.name)}/{SCRATCH}/{log:05d}-{number:05d}.arrow"
-        storage.write(file, _by_partition(rows, partitions))
-        times = rows["time"].drop_null().to_numpy() if data.split == "global_time" else np.zeros(0, np.int64)
-        written.append({"file": file, "times": times.tobytes()})
-    return written
+def _check_bad_fraction(found: Sequence[Scattered], data: DataConfig, storage: Storage) -> None:
+    """Stop where more rows are malformed than `data.max_bad_fraction` allows."""
+    rows, refused = sum(one.rows for one in found), Counter[str]()
+    examples: dict[str, list[str]] = {}
+    for one in found:
+        refused.update(one.refused)
+        for reason, quotes in one.examples.items():
+            examples.setdefault(reason, []).extend(quotes)
+    bad = refused.total()
+    if rows and bad > data.max_bad_fraction * rows:
+        reasons = "; ".join(
+            f"{reason} {count:,} times, such as {', '.join(examples[reason][:EXAMPLES])}"
+            for reason, count in refused.most_common(COMMONEST)
+        )
+        problem = f"{bad:,} of {rows:,} rows are bad ({bad / rows:.1%}): {reasons}"
+        expected = f"at most {data.max_bad_fraction:.1%} (data.max_bad_fraction)"
+        raise InputError(
+            Fault(storage.display(dataset_folder(data.name)), problem, expected, "mend the log or the mapping")
+        )
 
 
-def _checked_blocks(raw: RawLog, log: str, item_ids: pa.Array, data: DataConfig) -> Iterator[pa.Table]:
-    """Yield a log's checked rows in blocks of about one shard, which the gathering task must hold too."""
-    held: list[pa.Table] = []
-    for batch in raw.batches(log):
-        held.append(_check(pa.table(batch), data, item_ids))
-        if sum(map(len, held)) >= data.shard_interactions:
-            yield pa.concat_tables(held)
-            held = []
-    if sum(map(len, held)):
-        yield pa.concat_tables(held)
+def _gathering(attempt: Attempt, found: Sequence[Scattered]) -> Gathering:
+    """Decide what all partitions must know: the log's unit of time, and where the splits part."""
+    counts: Counter[Kind] = Counter()
+    first: dict[Kind, tuple[str, int, int]] = {}
+    for one in found:
+        counts.update({Kind[name]: count for name, count in one.kinds.items()})
+        for name, example in one.first_of_kind.items():
+            first.setdefault(Kind[name], (example[0], example[1], example[2]))
+    per_second = unit_of(counts, first, attempt.data)
+    names = tuple(attempt.raw.storage.display(file) for file in attempt.raw.files)
+    blocks = tuple(block for one in found for block in one.blocks)
+    boundaries = None
+    if attempt.data.split == "global_time" and counts.total():
+        boundaries = _boundaries(attempt, blocks, per_second)
+    return Gathering(names, blocks, per_second, _segment_interactions(attempt), boundaries)
 
 
-def _check(rows: pa.Table, data: DataConfig, item_ids: pa.Array) -> pa.Table:
-    """Check some rows; good and refused ones leave together, told apart by `reason`."""
-    good, bad = check(rows, data, item_ids)
-    refused = bad.rename_columns([REFUSED.get(name, name) for name in bad.column_names])
-    return pa.concat_tables([good, refused], promote_options="default")
+def _segment_interactions(attempt: Attempt) -> int:
+    """Return the least power of two, within `SEGMENT`, that makes about a thousand segments of the log, not more."""
+    if attempt.data.segment_interactions is not None:
+        return attempt.data.segment_interactions
+    least, most = SEGMENT
+    wanted = sum(piece.rows for piece in attempt.pieces) / SEGMENTS
+    return min(most, max(least, 2 ** math.ceil(math.log2(max(wanted, 1)))))
 
 
-def _by_partition(rows: pa.Table, partitions: int) -> bytes:
-    """Return an Arrow file whose record batch p holds the rows of partition p, in their order."""
-    partition = _partition(rows["user_id"], partitions)
-    order = np.argsort(partition, kind="stable")
-    starts = np.searchsorted(partition[order], np.arange(partitions + 1))
-    (ordered,) = rows.combine_chunks().take(pa.array(order)).combine_chunks().to_batches()
-    sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, rows.schema, options=ipc.IpcWriteOptions(compression="zstd")) as writer:
-        for start, stop in pairwise(starts.tolist()):
-            writer.write_batch(ordered.slice(start, stop - start))
-    return sink.getvalue().to_pybytes()
+def _boundaries(attempt: Attempt, blocks: Sequence[str], per_second: int) -> Boundaries:
+    """Find the boundary seconds: the days that they lie in first, then the second within."""
+    days = _times(attempt, blocks, per_second * DAY_S, None, "days")
+    ranks = boundary_ranks(sum(days.values()), attempt.data)
+    seconds = []
+    for split, rank in zip(SPLITS, ranks, strict=False):
+        day, before = _at_rank(days, rank)
+        start = day * DAY_S * per_second
+        within = _times(attempt, blocks, per_second, (start, start + DAY_S * per_second), f"seconds-{split}")
+        seconds.append(_at_rank(within, rank - before)[0])
+    return Boundaries(*seconds)
 
 
-def _partition(user_ids: pa.ChunkedArray, partitions: int) -> NDArray[np.int32]:
-    """Return the partition of each row: the same for all rows of a user, in every process."""
-    user = pc.fill_null(user_ids, "").combine_chunks().dictionary_encode()
-    of_user = [zlib.crc32(name.encode()) % partitions for name in user.dictionary.to_pylist()]
-    return np.array(of_user, np.int32)[user.indices.to_numpy()]
+def _times(
+    attempt: Attempt, blocks: Sequence[str], width: int, within: tuple[int, int] | None, stage: str
+) -> Mapping[int, int]:
+    storage = attempt.storage
+    trees = attempt.run(lambda number: count_times(storage, blocks[number], width, within), len(blocks), stage)
+    total: Counter[int] = Counter()
+    for tree in trees:
+        total.update(dict(zip(tree["buckets"], tree["counts"], strict=True)))
+    return total
 
 
-def _boundaries(times: Iterable[bytes], data: DataConfig) -> Boundaries | None:
-    """Find the boundaries from all valid times (8 bytes each), for the split that needs them."""
-    if data.split != "global_time":
-        return None
-    merged = np.frombuffer(b"".join(times), np.int64)
-    return global_boundaries(merged, data) if len(merged) else Boundaries(0, 0)
+def _at_rank(counts: Mapping[int, int], rank: int) -> tuple[int, int]:
+    """Return (bucket of the value with that rank, values in earlier buckets)."""
+    buckets = sorted(counts)
+    ends = np.cumsum([counts[bucket] for bucket in buckets])
+    at = int(np.searchsorted(ends, rank, side="right"))
+    return buckets[at], int(ends[at]) - counts[buckets[at]]
 
 
-def _gather(
-    partition: int,
-    files: list[str],
-    item_ids: pa.Array,
-    data: DataConfig,
-    storage: Storage,
-    boundaries: Boundaries | None,
-) -> list[dict[str, Any]]:
-    """Write the shard and the quarantine of one partition; return one row that says what was written."""
-    rows = pa.Table.from_batches([_read_batch(storage, file, partition) for file in files])
-    part = _write_part(partition, rows, item_ids, data, storage, boundaries)
-    return [{"part": json.dumps(asdict(part))}]
+def _complete(attempt: Attempt, items: pa.Table, parts: Sequence[Part], bad_files: Mapping[int, str]) -> Dataset:
+    """Write catalogue and manifest, the latter last, and drop the scratch files."""
+    storage, folder = attempt.storage, attempt.folder
+    dataset = _summary(parts, items, bad_files, attempt)
+    if not dataset.interactions:
+        raise _no_good_rows(dataset)
+    files = [write_parquet(storage, folder, ITEMS_FILE, items), *(file for part in parts for file in part.files)]
+    if bad_files:
+        files.append(_write_bad_files(attempt, bad_files))
+    storage.write_manifest(folder, files, dataset.manifest())
+    storage.delete(attempt.scratch)
+    logger.info("%s: %d interactions of %d users", storage.display(folder), dataset.interactions, dataset.users)
+    return open_dataset(storage, attempt.data.name)
 
 
-def _read_batch(storage: Storage, file: str, number: int) -> pa.RecordBatch:
-    try:
-        with storage.filesystem.open_input_file(storage.path(file)) as source, ipc.open_file(source) as batches:
-            return batches.get_batch(number)
-    except (OSError, pa.ArrowInvalid) as error:
-        problem, hint = f"cannot be read: {' '.join(str(error).split())}", "run `dti-ray prepare` again"
-        raise StorageError(Fault(storage.display(file), problem, hint=hint)) from error
+def _write_bad_files(attempt: Attempt, bad_files: Mapping[int, str]) -> FileEntry:
+    rows = [{"reason": UNREADABLE, "file": file} for file in bad_files]
+    names = tuple(attempt.raw.storage.display(file) for file in attempt.raw.files)
+    table = named(pa.Table.from_pylist(rows, REFUSED), names)
+    return write_parquet(attempt.storage, attempt.folder, "quarantine/files.parquet", table)
 
 
-def _write_part(
-    partition: int,
-    rows: pa.Table,
-    item_ids: pa.Array,
-    data: DataConfig,
-    storage: Storage,
-    boundaries: Boundaries | None,
-) -> Part:
-    folder = dataset_folder(data.name)
-    is_good = pc.is_null(rows["reason"])
-    good = rows.filter(is_good).select(INTERACTIONS.names).cast(INTERACTIONS)
-    bad = rows.filter(pc.invert(is_good)).select([*REFUSED.values(), "reason"]).rename_columns(QUARANTINE.names)
-    users, refused = sequences(good, item_ids, data, boundaries)
-    quarantine = pa.concat_tables([bad.cast(QUARANTINE), refused])
-    quarantine = quarantine.sort_by([(name, "ascending") for name in QUARANTINE.names])
-    files, segments, clicks = [], [], 0
-    if len(users):
-        shard = f"interactions/part-{partition:05d}.parquet"
-        file, segments = write_shard(storage, folder, shard, users, data.segment_interactions)
-        files.append(file)
-        clicks = int(pc.sum(pc.list_flatten(users["labels"])).as_py())
-    if len(quarantine):
-        path = f"quarantine/part-{partition:05d}.parquet"
-        written = storage.write(f"{folder}/{path}", _parquet(quarantine))
-        files.append(FileEntry(path, written.size_bytes, written.sha256))
-    reasons = dict(sorted(Counter(quarantine["reason"].to_pylist()).items()))
-    return Part(partition, files, segments, clicks, reasons)
-
-
-def _parse(text: str) -> Part:
-    tree = json.loads(text)
-    files = [FileEntry(**file) for file in tree["files"]]
-    segments = [Segment.parse(segment) for segment in tree["segments"]]
-    return Part(tree["partition"], files, segments, tree["clicks"], tree["quarantined"])
-
-
-def _summary(parts: list[Part], items: int, data: DataConfig, storage: Storage) -> Dataset:
+def _summary(parts: Sequence[Part], items: pa.Table, bad_files: Mapping[int, str], attempt: Attempt) -> Dataset:
     segments = tuple(segment for part in parts for segment in part.segments)
     interactions = sum(segment.interactions for segment in segments)
-    quarantined: Counter[str] = Counter()
+    quarantined = Counter({UNREADABLE: len(bad_files)} if bad_files else {})
+    lengths: Counter[int] = Counter()
     for part in parts:
         quarantined.update(part.quarantined)
+        lengths.update(dict(enumerate(part.user_lengths)))
     train, valid, test = (sum(segment.targets[split] for segment in segments) for split in range(len(SPLITS)))
     return Dataset(
-        storage=storage,
-        name=data.name,
+        storage=attempt.storage,
+        name=attempt.data.name,
         users=sum(segment.users for segment in segments),
         interactions=interactions,
-        items=items,
+        items=len(items),
         label_rate=sum(part.clicks for part in parts) / max(interactions, 1),
         targets=(train, valid, test),
         quarantined=dict(sorted(quarantined.items())),
         segments=segments,
-        data_config=data.model_dump(mode="json"),
+        data_config=attempt.data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)),
+        user_lengths=tuple(lengths[power] for power in range(max(lengths, default=-1) + 1)),
+        item_words=_item_words(items),
     )
+
+
+def _item_words(items: pa.Table) -> tuple[int, ...]:
+    """Return the histogram of words and punctuation marks over the catalogue's texts."""
+    texts = [name for name in items.column_names if name != "item_id"] or ["item_id"]
+    words = sum(pc.count_substring_regex(items[name], r"\w+|[^\w\s]").to_numpy().astype(np.int64) for name in texts)
+    return log2_histogram(np.asarray(words))
 
 
 def _no_good_rows(dataset: Dataset) -> InputError:
@@ -309,35 +292,3 @@ def _no_good_rows(dataset: Dataset) -> InputError:
     hint = f"the refused rows are in {where}/quarantine" if counts else ""
     problem = f"no interaction is left; quarantined: {counts or 'none, the raw files hold no row'}"
     return InputError(Fault(where, problem, hint=hint))
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
-
-
-@contextmanager
-def _ray_data() -> Iterator[None]:
-    """Run Ray Data without its bars and messages, and let an error of ours come back as itself.
-
-    Ray Data takes the trace off what goes wrong inside it, and only logs it: here it is put back, as a note.
-    Its log files are left as they are.
-    """
-    context, log = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = (context.enable_progress_bars, context.raise_original_map_exception)
-    context.enable_progress_bars, context.raise_original_map_exception = False, True
-    consoles = [handler for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
-    trace = io.StringIO()
-    kept = logging.StreamHandler(trace)
-    kept.setLevel(logging.ERROR)
-    log.handlers = [kept, *(handler for handler in log.handlers if handler not in consoles)]
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, DtiRayError):
-            error.add_note(trace.getvalue())
-        raise
-    finally:
-        log.handlers = [*consoles, *(handler for handler in log.handlers if handler is not kept)]
-        context.enable_progress_bars, context.raise_original_map_exception = before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from dti_ray.errors import ConfigError
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 OTHER_VALUES = (
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
-    "dense", "log1p", "drop", "distance", "torch", "fp32",
+    "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap", ["title"],
 )  # fmt: skip
 
 
@@ -48,19 +50,19 @@ def value_of(config: RunConfig, key: str) -> object:
     return value
 
 
-def changed(config: RunConfig, key: str) -> RunConfig | None:
-    """Return the configuration with another valid value at one key, or None where there is only one value."""
-    section, _, name = key.partition(".")
+def changed(config: RunConfig, key: str) -> RunConfig:
+    """Return the configuration with another valid value at one key."""
+    *sections, name = key.split(".")
     for value in OTHER_VALUES:
         if value == value_of(config, key):
             continue
         tree = config.model_dump(mode="json")
-        tree[section][name] = value
+        reduce(getitem, sections, tree)[name] = value
         try:
             return RunConfig.model_validate(tree)
         except ValidationError:
             continue
-    return None
+    raise AssertionError(f"{key} needs another value in OTHER_VALUES")
 
 
 def test_defaults_lose_to_files_in_order_and_files_to_overrides(tmp_path: Path) -> None:
@@ -204,8 +206,38 @@ def test_targets_of_adapters_are_a_list_in_yaml_and_separated_by_commas_in_an_ov
     assert fault.startswith("lora.targets: got ''")
 
 
+def test_label_is_checked_with_the_configuration() -> None:
+    assert load_config([], ["data.label=play_ms / video_ms >= 0.5"]).data.label == "play_ms / video_ms >= 0.5"
+    assert load_config([], ["data.label=event in ('click', 'buy')"]).data.label == "event in ('click', 'buy')"
+    (fault,) = faults_of("data.label=rating >")
+    assert fault.startswith("data.label: ")
+    assert "'rating >' is no expression such as `rating > 3`" in fault
+    (fault,) = faults_of("data.label=len(rating) > 3")
+    assert "holds 'len(rating)'; a label has columns, numbers" in fault
+
+
+def test_time_zone_is_one_of_the_iana_list() -> None:
+    assert load_config([], ["data.time_zone=Europe/Berlin"]).data.time_zone == "Europe/Berlin"
+    (fault,) = faults_of("data.time_zone=CEST")
+    assert fault.startswith("data.time_zone: ")
+    assert "'CEST' is no time zone of the IANA list, such as UTC or Europe/Berlin" in fault
+
+
+def test_mapping_of_columns_belongs_to_a_tabular_source_with_a_path(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "log.yaml", "data: {source: tabular, path: logs, columns: {user: uid, text: [title, brand]}}"
+    )
+    columns = load_config([file]).data.columns
+    assert (columns.user, columns.item, columns.text) == ("uid", "item_id", ("title", "brand"))
+    (fault,) = faults_of("data.source=tabular")
+    assert "source tabular needs path" in fault
+    (fault,) = faults_of("data.columns.user=uid")
+    assert "catalogue and columns are for source tabular; movielens knows its own files" in fault
+
+
 def test_null_of_an_override_is_none() -> None:
-    assert load_config([], ["data.label_threshold=null"]).data.label_threshold is None
+    assert load_config([], ["data.time_zone=UTC"]).data.time_zone == "UTC"
+    assert load_config([], ["data.time_zone=UTC", "data.time_zone=null"]).data.time_zone is None
 
 
 odd_texts = st.sampled_from(["off", "no", "1e-4", "7e10", "1_0", "0x1", "null", "~", "=", ".5", "-", "\x85"])
@@ -219,20 +251,29 @@ texts = st.text(max_size=12) | odd_texts
     template=texts.filter(bool),
     run=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True) | odd_names,
     lr=st.floats(1e-12, 1e12),
-    threshold=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    label=st.builds("`{}` > {}".format, st.text(min_size=1).filter(lambda name: "`" not in name), st.floats(-9, 9)),
+    unit=st.sampled_from([None, "s", "ms", "us", "ns"]),
     k=st.integers(1, 10**9) | st.just("all"),
     window=st.sampled_from(["interactions", "tokens", "off"]),
     n=st.none() | st.integers(1, 99),
 )
 def test_yaml_round_trip_gives_the_same_configuration(
-    prefix: str, template: str, run: str, lr: float, threshold: float | None, k: int | str, window: str, n: int | None
+    prefix: str,
+    template: str,
+    run: str,
+    lr: float,
+    label: str,
+    unit: str | None,
+    k: int | str,
+    window: str,
+    n: int | None,
 ) -> None:
     config = RunConfig.model_validate(
         {
             "prompt": {"prefix": prefix, "item_template": template},
             "train": {"run": run},
             "optim": {"lr": lr},
-            "data": {"label_threshold": threshold},
+            "data": {"label": label, "time_unit": unit},
             "packing": {"k": k, "window": window},
             "eval": {"n": n},
         }
@@ -252,18 +293,15 @@ def test_stored_yaml_that_does_not_fit_is_a_config_error(text: str) -> None:
         from_yaml(text)
 
 
-ONE_WORKER = load_config([], ["cluster.workers=1", "model.name_or_path=folder"])
+ANY = load_config([], ["cluster.workers=1", "model.name_or_path=folder", "data.source=tabular", "data.path=logs"])
 
 
 @pytest.mark.parametrize("key", list(leaves()))
 def test_hash_names_what_is_learnt_and_not_where(key: str) -> None:
-    other = changed(ONE_WORKER, key)
-    if other is None:
-        assert key == "data.source", "the only setting with one value"
-        return
+    other = changed(ANY, key)
     is_where = key.startswith(("storage.", "cluster."))
-    assert (config_hash(other) == config_hash(ONE_WORKER)) == is_where
-    assert [fault.where for fault in differences(ONE_WORKER, other)] == ([] if is_where else [key])
+    assert (config_hash(other) == config_hash(ANY)) == is_where
+    assert [fault.where for fault in differences(ANY, other)] == ([] if is_where else [key])
 
 
 def test_hash_is_16_hex_digits_and_the_same_in_every_process() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
-from dti_ray.errors import StorageError
-from dti_ray.storage import MANIFEST, FileEntry, Storage
+from dti_ray import storage as storage_module
+from dti_ray.errors import Fault, StorageError
+from dti_ray.storage import MANIFEST, RETRY_AFTER_S, FileEntry, Storage
 
 FOLDER = "datasets/tiny"
 UNREACHABLE = "s3://bucket/prefix?endpoint_override=http://127.0.0.1:9"
@@ -215,3 +220,152 @@ def test_error_of_the_operating_system_is_one_line(tmp_path: Path) -> None:
         Storage(str(tmp_path)).write("file/below", b"")
     (fault,) = caught.value.faults
     assert os.linesep not in str(fault)
+
+
+def failing(*errors: Exception) -> tuple[Callable[[], str], list[str]]:
+    """Return an operation that raises these errors one after the other, then works; and the list of its calls."""
+    left, calls = list(errors), []
+
+    def operation() -> str:
+        calls.append("called")
+        if left:
+            raise left.pop(0)
+        return "done"
+
+    return operation, calls
+
+
+def test_what_fails_on_an_object_store_is_tried_again_after_each_delay(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.retry_after_s = (0.02, 0.05)
+    operation, calls = failing(OSError("connection\nrefused"), OSError("HTTP 503"))
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        assert storage.attempt("read", "a", operation) == "done"
+    assert time.monotonic() - began >= 0.07
+    assert len(calls) == 3
+    assert len(caplog.messages) == 2, "each wait is told"
+    assert all(f"{storage.display('a')} cannot be read" in message for message in caplog.messages)
+
+
+def test_after_the_last_delay_the_error_says_what_was_tried_and_what_to_do(storage: Storage) -> None:
+    storage.retry_after_s = (0, 0.01)
+    operation, calls = failing(*(OSError("connection\n refused") for _ in range(9)))
+    with pytest.raises(StorageError) as error:
+        storage.attempt("written", "a", operation)
+    assert len(calls) == 3
+    assert str(error.value) == (
+        f"{storage.display('a')}: cannot be written: connection refused; it was tried for 0.01 s; "
+        "check the root, its keys and its rights, then run the same command: it goes on from here"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no such key"),
+        PermissionError("no"),
+        OSError("AWS Error ACCESS_DENIED during PutObject operation: Access Denied."),
+        OSError("AWS Error INVALID_ACCESS_KEY_ID"),
+        OSError("When reading: AWS Error SIGNATURE_DOES_NOT_MATCH"),
+        StorageError(Fault("a", "has hash 1; expected 2")),
+    ],
+    ids=str,
+)
+def test_what_waiting_cannot_help_is_raised_at_once(storage: Storage, error: Exception) -> None:
+    storage.retry_after_s = (5, 5)
+    operation, calls = failing(error)
+    with pytest.raises(StorageError) as caught:
+        storage.attempt("read", "a", operation)
+    assert len(calls) == 1
+    assert "it was tried" not in str(caught.value)
+
+
+def test_error_of_ours_that_storage_caused_is_tried_again_but_only_by_one(storage: Storage) -> None:
+    storage.retry_after_s = (0, 0)
+    caused = StorageError(Fault("s3://log/a.csv", "cannot be read"))
+    caused.__cause__ = OSError("connection refused")
+    operation, calls = failing(caused, caused)
+    assert storage.attempt("read", "a", operation) == "done"
+    assert len(calls) == 3
+
+    operation, calls = failing(*(OSError("connection refused") for _ in range(99)))
+    with pytest.raises(StorageError):
+        storage.attempt("read", "outer", lambda: storage.attempt("written", "inner", operation))
+    assert len(calls) == 3, "the outer one adds no tries to those of the inner one"
+
+
+def test_other_errors_pass(storage: Storage) -> None:
+    storage.retry_after_s = (5, 5)
+    operation, calls = failing(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        storage.attempt("read", "a", operation)
+    assert len(calls) == 1
+
+
+def test_local_folder_is_tried_once_and_an_object_store_for_half_a_minute(storage: Storage) -> None:
+    assert storage.retry_after_s == ()
+    assert Storage(UNREACHABLE).retry_after_s == RETRY_AFTER_S
+    assert 20 <= sum(RETRY_AFTER_S) <= 60
+
+
+@pytest.mark.parametrize("root", [".", UNREACHABLE])
+def test_copies_in_other_processes_wait_as_long(root: str) -> None:
+    storage = Storage(root)
+    storage.retry_after_s = (1, 2, 3)
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy.retry_after_s == (1, 2, 3)
+    assert (copy.root, copy.base, copy.filesystem) == (storage.root, storage.base, storage.filesystem)
+
+
+def test_unreachable_endpoint_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    storage = Storage(UNREACHABLE)
+    storage.retry_after_s = (0.01,)
+    operations = (
+        lambda: storage.write("a", b"x"),
+        lambda: storage.list("a"),
+        lambda: storage.verify("a", [FileEntry("b", 1, "")]),
+    )
+    for operation in operations:
+        caplog.clear()
+        with pytest.raises(StorageError, match=r"s3://bucket/prefix/a.*: cannot be .* run the same command"):
+            operation()
+        assert len(caplog.messages) == 1
+
+
+def test_probe_of_a_root_does_not_wait(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    storage = Storage(UNREACHABLE)
+    with pytest.raises(StorageError, match="cannot be written"):
+        storage.check_writable()
+    assert caplog.messages == []
+    assert storage.retry_after_s == RETRY_AFTER_S
+
+
+def test_large_files_are_verified_in_parts(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "READ_BYTES", 1000)
+    contents = {f"{number}.bin": os.urandom(997 * number) for number in range(20)}
+    entries = [storage.write(name, content) for name, content in contents.items()]
+    assert [entry.sha256 for entry in entries] == [hashlib.sha256(c).hexdigest() for c in contents.values()]
+    storage.verify("", entries)
+    changed = bytearray(contents["13.bin"])
+    changed[5000] ^= 1
+    storage.write("13.bin", bytes(changed))
+    with pytest.raises(StorageError, match=r"13\.bin: has hash [0-9a-f]{12}… and 12961 bytes; expected .* 12961 bytes"):
+        storage.verify("", entries)
+
+
+def test_infos_are_in_the_order_of_the_paths(storage: Storage) -> None:
+    complete(storage)
+    infos = storage.infos([f"{FOLDER}/below/b.bin", "nothing", f"{FOLDER}/a.bin", FOLDER])
+    assert [info.size for info in infos] == [400, None, 5, None]
+    assert [info.type for info in infos] == [
+        fs.FileType.File, fs.FileType.NotFound, fs.FileType.File, fs.FileType.Directory,
+    ]  # fmt: skip
+    assert storage.infos([]) == []
