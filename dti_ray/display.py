@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:  # a wrong option must not wait for torch
     from dti_ray.data.interactions import Dataset
+    from dti_ray.data.stats import Check, Lengths, SplitStats, Stats, TextStats, TimeBin
     from dti_ray.estimate import Cost
     from dti_ray.infer.evaluate import Evaluation
     from dti_ray.metrics import Estimate, Metrics
     from dti_ray.telemetry import Line
 
+BAR_WIDTH = 30  # characters of the longest bar in a table
 PIPE_WIDTH = 130  # columns where no terminal says how wide it is
 
 console = Console(stderr=True, highlight=False)
@@ -62,6 +65,12 @@ class Bar:
     def update(self, done: int, total: int | None = None) -> None:
         """Show how many units are done."""
         self.progress.update(self.task, completed=done, total=total)  # rich keeps the total where it is None
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Show how far a stage is; another name than before starts another bar."""
+        if self.progress.tasks[self.task].description != what:
+            self.progress.reset(self.task, description=what)
+        self.update(done, total)
 
 
 class TrainingView:
@@ -114,6 +123,31 @@ def show_dataset(dataset: Dataset) -> None:
     console.print(table)
 
 
+def show_stats(stats: Stats) -> None:
+    """Print what a prepared log looks like, and whether its splits leak."""
+    table = Table(title=f"data set {stats.name}", title_justify="left", show_header=False)
+    table.add_row("interactions", f"{stats.interactions:,}")
+    table.add_row("users", f"{stats.users:,}")
+    table.add_row("items, seen of them", f"{stats.items:,}, {stats.seen_items:,}")
+    table.add_row("share of clicks", f"{stats.label_rate:.1%}")
+    table.add_row("interactions per user", _lengths(stats.lengths))
+    table.add_row(
+        "with the top 1 % of the items", f"{stats.top_share:.1%} of the interactions ({stats.top_items:,} items)"
+    )
+    table.add_row("in the second of the one before", f"{stats.tied_share:.1%} of the interactions")
+    table.add_row("item texts", "not tokenised" if stats.text is None else _text(stats.text))
+    refused = ", ".join(f"{reason} {count:,}" for reason, count in sorted(stats.quarantined.items()))
+    table.add_row("rows in quarantine", refused or "none")
+    console.print(table)
+    _show_splits(stats.split_rule, stats.splits)
+    _show_timeline(stats.timeline)
+    _show_powers("interactions per user", {"users": stats.lengths.histogram})
+    if stats.text is not None:
+        counted = {"items": stats.text.histogram, "interactions": stats.text.histogram_shown}
+        _show_powers("tokens of the item's text", counted)
+    _show_checks(stats.checks)
+
+
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print the model beside the baselines, with 95 % intervals."""
     table = Table(
@@ -162,6 +196,88 @@ def show_costs(costs: Sequence[Cost], gpu: str, memory_gb: int, mfu: float) -> N
     for name, cell in lines.items():
         table.add_row(name, *(cell(cost) for cost in costs))
     console.print(table)
+
+
+def _lengths(lengths: Lengths) -> str:
+    return (
+        f"{lengths.shortest:,} to {lengths.longest:,}, mean {lengths.mean:,.1f}, median {lengths.median:,}, "
+        f"90 % up to {lengths.p90:,}, 99 % up to {lengths.p99:,}"
+    )
+
+
+def _text(text: TextStats) -> str:
+    cut = f", {text.cut_items:,} cut" if text.cut_items else ", none cut"
+    return (
+        f"up to {text.longest} tokens, mean {text.mean:.1f} of an item and {text.mean_shown:.1f} of an interaction{cut}"
+    )
+
+
+def _show_splits(rule: str, splits: Sequence[SplitStats]) -> None:
+    table = Table(title=f"split {rule}; cold is what has no interaction of training", title_justify="left")
+    table.add_column("split")
+    table.add_column("from")
+    table.add_column("to")
+    for name in ("interactions", "clicks", "users", "cold", "their targets", "items", "cold", "their targets"):
+        table.add_column(name, justify="right")
+    for split in splits:
+        table.add_row(
+            split.split, _moment(split.first_s), _moment(split.last_s), f"{split.interactions:,}",
+            _share(split.clicks, split.interactions),
+            f"{split.users:,}", _share(split.cold_users, split.users),
+            _share(split.cold_user_targets, split.interactions),
+            f"{split.items:,}", _share(split.cold_items, split.items),
+            _share(split.cold_item_targets, split.interactions),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _show_timeline(timeline: Sequence[TimeBin]) -> None:
+    table = Table(title="share of clicks over time", title_justify="left")
+    for name in ("from", "train", "valid", "test", "all", "interactions"):
+        table.add_column(name, justify="left" if name == "from" else "right")
+    table.add_column("")
+    most = max(sum(part.interactions) for part in timeline)
+    for part in timeline:
+        shares = map(_share, part.clicks, part.interactions)
+        total = sum(part.interactions)
+        table.add_row(_moment(part.start_s), *shares, _share(sum(part.clicks), total), f"{total:,}", _bar(total, most))
+    console.print(table)
+
+
+def _show_powers(what: str, counted: Mapping[str, Sequence[int]]) -> None:
+    """Print counts by powers of two, with a bar for the first of them."""
+    names, columns = list(counted), list(counted.values())
+    table = Table(title=what, title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for power, counts in enumerate(zip(*columns, strict=True)):
+        if not any(columns[0][: power + 1]):
+            continue  # nothing is that small
+        low, high = 2**power, 2 ** (power + 1) - 1
+        span = f"{low:,} – {high:,}" if power else "1"
+        table.add_row(span, *(f"{count:,}" for count in counts), _bar(counts[0], max(columns[0])))
+    console.print(table)
+
+
+def _show_checks(checks: Sequence[Check]) -> None:
+    for check in checks:
+        verdict = "[green]pass[/]" if check.passed else f"[red]fail[/]: violated {check.violations:,} times"
+        console.print(f"{check.name}: {verdict}")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _moment(seconds: int | None) -> str:
+    """Write a second as UTC, to the minute; numpy knows the years beyond 9999 too."""
+    return "–" if seconds is None else str(np.datetime64(seconds, "s").astype("datetime64[m]")).replace("T", " ")
+
+
+def _bar(count: int, most: int) -> str:
+    return "█" * -(-count * BAR_WIDTH // max(most, 1))
 
 
 def _gigabytes(part: str) -> Callable[[Cost], str]:

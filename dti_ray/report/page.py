@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dti_ray.report.artefacts import Artefacts, Meta, read_artefacts
+from dti_ray.report.log import LogView, log_facts, plot_click_rate, plot_lengths, read_log
 from dti_ray.report.mask import MaskPicture, draw_mask
 from dti_ray.report.plots import (
     plot_calibration,
@@ -40,13 +41,14 @@ def write_report(storage: Storage, run: str, mask: MaskPicture | None) -> str:
     Raises:
         InputError: there is no such run, or an artefact cannot be understood.
     """
-    page = build_page(read_artefacts(storage, run), mask, storage.root)
+    artefacts = read_artefacts(storage, run)
+    page = build_page(artefacts, read_log(storage, artefacts.config), mask, storage.root)
     path = f"runs/{run}/report/index.html"
     storage.write(path, page.encode())
     return storage.display(path)
 
 
-def build_page(artefacts: Artefacts, mask: MaskPicture | None, root: str) -> str:
+def build_page(artefacts: Artefacts, log: LogView, mask: MaskPicture | None, root: str) -> str:
     """Return the page as text; `root` is only named, in the commands that make what is missing."""
     sections = (
         _header(artefacts),
@@ -55,6 +57,7 @@ def build_page(artefacts: Artefacts, mask: MaskPicture | None, root: str) -> str
         _learning(artefacts, root),
         _probabilities(artefacts, root),
         _speed(artefacts, root),
+        _log(log, root),
         _mask(mask),
         _configuration(artefacts),
         _versions(artefacts.meta),
@@ -144,6 +147,18 @@ def _speed(artefacts: Artefacts, root: str) -> str:
     else:
         body = _plots([plot_speed(artefacts.train), plot_waste(artefacts.train)])
     return _section("speed", "Speed", lead, body)
+
+
+def _log(log: LogView, root: str) -> str:
+    lead = "What there was to learn from: prepared interactions, and whether a split could have leaked."
+    if log.stats is None:
+        name = [] if log.name is None else [f"data.name={log.name}"]
+        words = shlex.join(["dti-ray", "data", "stats", *name, f"storage.root={root}"])
+        body = f'<p class="missing">{escape(log.reason)} <code>{escape(words)}</code> tells of it.</p>'
+    else:
+        facts = f'<div class="card">{pairs(log_facts(log.stats))}</div>'
+        body = _plots([plot_click_rate(log.stats), plot_lengths(log.stats)]) + facts
+    return _section("log", "The log", lead, body)
 
 
 def _mask(mask: MaskPicture | None) -> str:

@@ -179,6 +179,7 @@ code{background:var(--soft);border-radius:5px;padding:2px 6px;overflow-wrap:anyw
 .missing{border:1px dashed var(--grey);border-radius:12px;padding:16px 20px;margin:14px 0 0;max-width:none;
  font-size:15px}
 .plots{display:grid;grid-template-columns:1fr 1fr;gap:18px}
+.plots+.card{margin-top:18px}
 .plots .missing{margin:0;align-self:start}
 figure{margin:0;display:flex;flex-direction:column;break-inside:avoid}
 figcaption{font-size:13.5px;line-height:1.5;padding-top:10px;text-wrap:pretty}

@@ -5,20 +5,23 @@ import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dti_ray.data.leaks import CHECKS
 from dti_ray.errors import InputError
 from dti_ray.report import MaskPicture, write_report
 from dti_ray.report.artefacts import Predictions
 from dti_ray.report.mask import draw_mask, interaction_starts, prompt_starts
 from dti_ray.report.plots import calibration_bins, short_count, smooth
 from dti_ray.storage import Storage
+from tests.builders import write_dataset
 
-SECTIONS = ("headline", "metrics", "learning", "probabilities", "speed", "mask", "configuration", "versions")
+SECTIONS = ("headline", "metrics", "learning", "probabilities", "speed", "log", "mask", "configuration", "versions")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -104,6 +107,15 @@ def put_evaluation(storage: Storage, run: str, predictions: int, checkpoint: str
     storage.write(f"runs/{run}/metrics/predictions_test.parquet", parquet(columns))
 
 
+def put_log(storage: Storage, run: str) -> None:
+    """Write a data set of 12 users with 260 interactions, and its name into the run's configuration."""
+    dataset = write_dataset(Path(storage.root), [1, 2, 3, 5, 9, 20, 20, 25, 30, 35, 40, 70])
+    files, body = storage.read_manifest(dataset.folder) or ([], {})
+    storage.write_manifest(dataset.folder, files, {**body, "data_config": {"split": "user_time"}})
+    config = f"runs/{run}/config.yaml"
+    storage.write(config, storage.read(config) + b"data:\n  name: tiny\n")
+
+
 def streaming_mask(context: int, targets: int, words: int = 2, prefix: int = 2, prompts: int = 1) -> MaskPicture:
     """Make the anchored mask: causal within a prompt, and [SUM] hidden from all others."""
     kind, label, prompt = [], [], []
@@ -147,6 +159,7 @@ def storage(tmp_path) -> Storage:
 @pytest.fixture
 def full(storage: Storage) -> Storage:
     put_training(storage, "demo", lines=60, validations=6)
+    put_log(storage, "demo")
     put_evaluation(storage, "demo", predictions=3_000)
     return storage
 
@@ -184,7 +197,7 @@ def test_sections_stand_in_order_and_nothing_is_missing(full: Storage) -> None:
     page = page_of(full, mask=streaming_mask(4, 5))
     assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
     assert 'class="missing"' not in page
-    assert page.count("<figure") == 7
+    assert page.count("<figure") == 9
     assert section(page, "probabilities").count("<svg") == 2
 
 
@@ -201,6 +214,40 @@ def test_headline_numbers_are_those_of_the_artefacts(full: Storage) -> None:
     ):
         assert text in tiles
     assert "87 users" in tiles
+
+
+def test_log_is_told_of(full: Storage) -> None:
+    log = section(page_of(full), "log")
+    assert log.count("<svg") == 2
+    for text in (
+        "<dd>260</dd>",
+        "<dd>12</dd>",
+        "user_time",
+        "From 1 to 70 interactions, 21.7 on average",
+        "at most 20",
+    ):
+        assert text in log
+    for name in CHECKS:
+        assert f"<dt>{name.replace(chr(39), '&#x27;')}</dt><dd>" in log
+
+
+def test_log_that_is_not_there_is_named_with_the_command_that_tells_of_it(storage: Storage) -> None:
+    put_training(storage, "young", lines=6, validations=0)
+    log = section(page_of(storage, "young"), "log")
+    assert "datasets/ml-100k: is no complete data set" in log
+    assert f"dti-ray data stats data.name=ml-100k storage.root={storage.root}" in log
+
+
+def test_large_log_is_not_read_for_a_page(full: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dti_ray.report.log.MOST_INTERACTIONS", 259)
+    log = section(page_of(full), "log")
+    assert "260 interactions are too many to read for a page." in log
+    assert "dti-ray data stats data.name=tiny" in log
+
+
+def test_configuration_of_another_version_names_no_log(storage: Storage) -> None:
+    storage.write("runs/old/config.yaml", b"data: {colour: red}\n")
+    assert "No configuration says which log" in section(page_of(storage, "old"), "log")
 
 
 def test_best_value_of_each_column_is_bold(full: Storage) -> None:
@@ -239,7 +286,7 @@ def test_unevaluated_run_says_how_to_evaluate_it(storage: Storage) -> None:
 def test_run_with_nothing_but_its_configuration_still_has_a_page(storage: Storage) -> None:
     storage.write("runs/bare/config.yaml", b"train: {}\n")
     page = page_of(storage, "bare")
-    assert page.count('class="missing"') == 8
+    assert page.count('class="missing"') == 9
     assert "dti-ray train train.run=bare" in page
 
 
