@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -78,7 +78,7 @@ class Storage:
             StorageError: it failed every time.
         """
         try:
-            with _faults(verb, self.display(path), sum(self.retry_after_s)):
+            with _faults(verb, self.display(path)):
                 for delay_s in self.retry_after_s:
                     try:
                         return operation()
@@ -89,8 +89,13 @@ class Storage:
                     time.sleep(delay_s)
                 return operation()
         except StorageError as error:
-            error.is_final = True
-            raise
+            told = error
+            if self.retry_after_s and _is_transient(error):
+                waited = f"it was tried for {sum(self.retry_after_s):g} s"
+                hint = f"{waited}; check that the storage answers, then run the same command: it goes on from here"
+                told = StorageError(*(replace(fault, hint=hint) for fault in error.faults))
+            told.is_final = True
+            raise told from error.__cause__
 
     def path(self, *parts: str) -> str:
         """Return the path that `self.filesystem` understands."""
@@ -255,13 +260,16 @@ def _open(root: str) -> tuple[fs.FileSystem, str]:
             connect_timeout=S3_CONNECT_TIMEOUT_S,
             request_timeout=S3_REQUEST_TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_MAX_ATTEMPTS),
+            allow_delayed_open=True,  # a small file is one request: it is there whole or not at all
         )
         return filesystem, parts.netloc + parts.path
     if parts.scheme == "gs":
         return fs.GcsFileSystem(), parts.netloc + parts.path
     if parts.scheme in ("", "file"):
         return fs.LocalFileSystem(), str(Path(parts.path if parts.scheme else root).expanduser().resolve())
-    raise StorageError(Fault(repr(root), "is no place that can be opened", "a folder, or a file://, s3:// or gs:// URI"))
+    raise StorageError(
+        Fault(repr(root), "is no place that can be opened", "a folder, or a file://, s3:// or gs:// URI")
+    )
 
 
 def _write_local(target: Path, content: bytes) -> None:
@@ -285,17 +293,18 @@ def _check_hash(name: str, entry: FileEntry, size_bytes: int, sha256: str) -> No
 
 def _is_transient(error: Exception) -> bool:
     """Say whether waiting may help: what is missing, or forbidden, stays so."""
-    if isinstance(error, StorageError):
-        return not error.is_final and isinstance(error.__cause__, OSError)
-    is_hopeless = isinstance(error, (FileNotFoundError, PermissionError))
-    return isinstance(error, OSError) and not is_hopeless and not any(word in str(error) for word in HOPELESS)
+    if isinstance(error, StorageError) and error.is_final:
+        return False
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    is_hopeless = isinstance(error, FileNotFoundError) or isinstance(cause, PermissionError)
+    return isinstance(cause, OSError) and not is_hopeless and not any(word in str(cause) for word in HOPELESS)
 
 
 class _faults:  # noqa: N801 - reads as a statement
     """Turn what a file system raises into a StorageError that names the path."""
 
-    def __init__(self, verb: str, where: str, tried_s: float) -> None:
-        self.verb, self.where, self.tried_s = verb, where, tried_s
+    def __init__(self, verb: str, where: str) -> None:
+        self.verb, self.where = verb, where
 
     def __enter__(self) -> None:
         pass
@@ -303,6 +312,4 @@ class _faults:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             reason, hint = " ".join(str(error).split())[:300], "check the root, its keys and its rights"
-            if self.tried_s and _is_transient(error):
-                hint = f"it was tried for {self.tried_s:g} s; {hint}, then run the same command: it goes on from here"
             raise StorageError(Fault(self.where, f"cannot be {self.verb}: {reason}", hint=hint)) from error

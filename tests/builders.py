@@ -23,7 +23,7 @@ from dti_ray.data.interactions import (
     write_shard,
 )
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
-from dti_ray.data.prompts import TokenTable
+from dti_ray.data.prompts import GAPS, TokenTable
 from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import collate
 from dti_ray.storage import Storage
@@ -38,15 +38,18 @@ def make_config(*overrides: str) -> RunConfig:
     return load_config([], [*TINY, "train.precision=fp32", *overrides])
 
 
-def make_table(seed: int = 0, prefix: int = 3, longest: int = 3) -> TokenTable:
+def make_table(seed: int = 0, prefix: int = 3, longest: int = 3, gaps: bool = False) -> TokenTable:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, ITEMS)
+    phrases = np.concatenate([[0], 1 + np.arange(len(GAPS)) % 3]) if gaps else np.zeros(1, dtype=np.int64)
     return TokenTable(
         tokens=rng.integers(0, VOCABULARY, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         prefix=np.arange(prefix, dtype=np.int32),
         vocabulary=VOCABULARY,
         marker_ids=(None, 0, 1),
+        gap_tokens=np.arange(phrases.sum(), dtype=np.int32) % VOCABULARY,
+        gap_offsets=np.concatenate([[0], np.cumsum(phrases)]),
     )
 
 
@@ -121,3 +124,12 @@ def write_dataset(root: Path, lengths: Sequence[int], segment_interactions: int 
     files = [entry, replace(catalogue, path=ITEMS_FILE)]
     storage.write_manifest(folder, files, dataset.manifest())
     return open_dataset(storage, "tiny")
+
+
+def damage(dataset: Dataset) -> None:
+    """Overwrite the middle of the data set's first shard."""
+    path = Path(dataset.storage.path(dataset.folder, dataset.segments[0].shard))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)

@@ -305,7 +305,7 @@ def _check_sizes(storage: Storage, folder: str, files: Iterable[FileEntry]) -> N
 
 
 def _read(dataset: Dataset, path: str, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
-    """Read from a Parquet file of the data set; what fails is held against its hash, to tell damage from bad storage."""
+    """Read a Parquet file of the data set; what fails is held against its hash, to tell damage from bad storage."""
     storage, full = dataset.storage, f"{dataset.folder}/{path}"
     entries = [entry for entry in dataset.files if entry.path == path]
 

@@ -9,6 +9,9 @@ that it may not see (its own number if ordered, the first of its second if stric
     (+ and - are feedback, S is [SUM]; the last feedback has no reader and is left out)
     interaction   1 1 2 2 3 3 3 4 4 4 5 5        S has its interaction's number and the
     cut           1 1 2 2 3 3 3 4 4 4 5 5        position behind its text: + and S share one
+
+Where texts tell the time, a text is [phrase | item]: how long after the last earlier second of the user's history the
+interaction happened. That is a fact of the interaction, not of the prompt, so any prompt shows the same text.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from dti_ray.config import PackingConfig
 from dti_ray.data.interactions import UserSequences
-from dti_ray.data.prompts import NO, TokenTable
+from dti_ray.data.prompts import NO, TokenTable, phrase_of
 from dti_ray.errors import ConfigError, Fault
 
 
@@ -121,7 +124,7 @@ def check_capacity(spec: PackSpec, table: TokenTable, where: str = "packing.row_
     Raises:
         ConfigError: with the size needed.
     """
-    longest = int(table.lengths.max(initial=1)) + 1
+    longest = int(table.gap_lengths.max() + table.lengths.max(initial=1)) + 1
     targets = spec.k if spec.k is not None else 1
     needed = len(table.prefix) + (spec.n + targets) * longest + targets
     if spec.row_tokens < needed:
@@ -183,23 +186,33 @@ def pack(
 
 @dataclass(frozen=True)
 class _Histories:
-    """Per flat interaction: its user's start, its cut, and the content tokens before it (N + 1 entries)."""
+    """One entry per flat interaction.
+
+    Attributes:
+        user_start: first interaction of its user.
+        cut: first interaction of its user that it may not see, itself at the latest.
+        phrase: number of its time gap's phrase; empty where texts do not tell the time.
+        content: tokens of phrase, item text and feedback.
+        before: [N + 1], content tokens of all interactions before it.
+    """
 
     user_start: np.ndarray
     cut: np.ndarray
+    phrase: np.ndarray
+    content: np.ndarray
     before: np.ndarray
 
     @classmethod
     def of(cls, sequences: UserSequences, table: TokenTable, spec: PackSpec) -> _Histories:
-        lengths = table.lengths[sequences.items] + 1
         user_start = np.repeat(sequences.offsets[:-1], np.diff(sequences.offsets))
         number = np.arange(len(sequences.items))
-        cut = number
-        if spec.strictly_earlier:
-            starts_second = np.ones(len(number), dtype=bool)
-            starts_second[1:] = (np.diff(sequences.times) != 0) | (np.diff(user_start) != 0)
-            cut = np.maximum.accumulate(np.where(starts_second, number, 0))
-        return cls(user_start, cut, np.concatenate([[0], np.cumsum(lengths)]))
+        cut = _starts_of_seconds(sequences, user_start) if spec.strictly_earlier else number
+        content = table.offsets[sequences.items + 1] - table.offsets[sequences.items] + 1
+        phrase = np.zeros(0, dtype=np.int64)
+        if table.tells_time:
+            phrase = phrase_of(_seconds_since(sequences, user_start))
+            content += table.gap_lengths[phrase]
+        return cls(user_start, cut, phrase, content, np.concatenate([[0], np.cumsum(content)]))
 
     def sizes(self, prompts: _Prompts) -> np.ndarray:
         """Tokens of each prompt, [SUM]s included; the last feedback is left out."""
@@ -210,6 +223,20 @@ class _Histories:
     def context_end(self, prompts: _Prompts) -> np.ndarray:
         """Where each prompt's context ends: what shares the second of all its targets has no reader."""
         return np.clip(self.cut[prompts.end - 1], prompts.start, prompts.first)
+
+
+def _starts_of_seconds(sequences: UserSequences, user_start: np.ndarray) -> np.ndarray:
+    """Return for each interaction the first one of its user in its second."""
+    is_first = np.ones(len(user_start), dtype=bool)
+    is_first[1:] = (np.diff(sequences.times) != 0) | (np.diff(user_start) != 0)
+    return np.maximum.accumulate(np.where(is_first, np.arange(len(user_start)), 0))
+
+
+def _seconds_since(sequences: UserSequences, user_start: np.ndarray) -> np.ndarray:
+    """Return the seconds since the user's last earlier second, 0 in the first one: the same for all of a second."""
+    first = _starts_of_seconds(sequences, user_start)
+    earlier = np.where(first > user_start, first - 1, first)
+    return sequences.times - sequences.times[earlier]
 
 
 def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec) -> _Prompts:
@@ -280,31 +307,52 @@ def _assemble(prompts: _Prompts, histories: _Histories, sequences: UserSequences
     interaction = _ranges(starts.ravel(), (ends - starts).ravel())
     last = np.zeros(len(interaction), dtype=bool)
     last[np.cumsum(spans) - 1] = True
-    item = sequences.items[interaction]
-    text = table.lengths[item]
-    sizes = text + ~last  # the feedback of a prompt's last target has no reader
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    within = _ranges(np.zeros_like(sizes), sizes)
-    is_text = within < text[owner]
-    feedback = table.vocabulary + NO + sequences.labels[interaction].astype(np.int64)
-    source = np.where(is_text, table.offsets[item][owner] + within, 0)
-    tokens = np.where(is_text, table.tokens[source], feedback[owner])
+    sizes = histories.content[interaction] - last  # the feedback of a prompt's last target has no reader
+    begin = np.cumsum(sizes) - sizes
+    after = begin + sizes - 2 + last
     cut = histories.cut[interaction]
     origin = histories.before[histories.cut[prompts.start]][prompt]
-    position = histories.before[cut] - origin
+    position = histories.before[cut] - origin - begin  # of a token less its place in the row
     user_start = histories.user_start[interaction]
     is_target = interaction >= prompts.first[prompt]
     return PackedRow(
-        tokens=tokens.astype(np.int32),
-        positions=(position[owner] + within).astype(np.int32),
-        prompt=(prompt[owner] + 1).astype(np.int32),
-        interaction=(interaction - user_start)[owner].astype(np.int32),
-        cut=(cut - user_start)[owner].astype(np.int32),
-        after=(np.cumsum(sizes) - sizes + text - 1)[is_target].astype(np.int32),
+        tokens=_tokens(interaction, sizes, after, last, histories, sequences, table),
+        positions=_repeat(position, sizes) + np.arange(int(sizes.sum()), dtype=np.int32),
+        prompt=_repeat(prompt + 1, sizes),
+        interaction=_repeat(interaction - user_start, sizes),
+        cut=_repeat(cut - user_start, sizes),
+        after=after[is_target].astype(np.int32),
         labels=sequences.labels[interaction][is_target],
         users=prompts.user[prompt][is_target],
         prefix_tokens=len(table.prefix),
     )
+
+
+def _tokens(
+    interaction: np.ndarray,
+    sizes: np.ndarray,
+    after: np.ndarray,
+    last: np.ndarray,
+    histories: _Histories,
+    sequences: UserSequences,
+    table: TokenTable,
+) -> np.ndarray:
+    """Gather as if a row were item texts only, then write feedback and phrases over what lies between them."""
+    ends = table.offsets[sequences.items[interaction] + 1]
+    source = np.repeat(ends - 1 - after, sizes)
+    source += np.arange(len(source))
+    tokens = np.take(table.tokens, source, mode="clip")
+    tokens[after[~last] + 1] = table.vocabulary + NO + sequences.labels[interaction[~last]].astype(np.int32)
+    if table.tells_time:
+        phrase = histories.phrase[interaction]
+        gap = table.gap_lengths[phrase]
+        begin = np.cumsum(sizes) - sizes
+        tokens[_ranges(begin, gap)] = table.gap_tokens[_ranges(table.gap_offsets[phrase], gap)]
+    return tokens
+
+
+def _repeat(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return np.repeat(values.astype(np.int32), sizes)
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:

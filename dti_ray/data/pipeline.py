@@ -1,9 +1,9 @@
 """The stream of rows that one training rank reads, packed by Ray Data beside the trainers.
 
-Stage: pipeline. In: an `EpochPlan` and the rank's share of the streams. Out: for each optimizer step the rows
-of that rank's streams, in a fixed order.
-Invariant: the rows depend on (data set, seed, epoch, stream) alone. Ray Data packs tasks ahead, in parallel
-and with back-pressure, in the very order in which `local_rows` packs them one by one.
+Stage: pipeline. In: the plans of a run's epochs and the rank's share of the streams. Out: for each optimizer step the
+rows of that rank's streams, in a fixed order, from any position to the end of the run.
+Invariant: the rows depend on (data set, seed, epoch, stream) alone. Ray Data packs tasks ahead, in parallel and with
+back-pressure, in the very order in which `local_rows` packs them one by one; epochs follow each other without a pause.
 
     streams 0 and 1, tasks of 3 + 1 and 2 + 2 rows    packed in the order of their first row: 0a 1a 1b 0b
     step 0 takes the first row of either stream, step 1 the second ...
@@ -11,26 +11,38 @@ and with back-pressure, in the very order in which `local_rows` packs them one b
 
 from __future__ import annotations
 
+import logging
+import pickle
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby, pairwise
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby, islice, pairwise
 from operator import itemgetter
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 
 from dti_ray.config import RunConfig
-from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_all, read_segment
+from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
-from dti_ray.data.plan import EpochPlan, PackTask, plan_epoch
+from dti_ray.data.plan import EpochPlan, PackTask, Position, count_busy, count_steps, plan_epoch
 from dti_ray.data.prompts import TokenTable
+from dti_ray.errors import DtiRayError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+WINDOW_TASKS = 32  # of one Ray Data pipeline
+CLOSE_S = 30.0  # a thread that waits for Ray cannot be woken; it ends with the next task
 
 ROW_SCHEMA = pa.schema(
     [
-        ("stream", pa.int32()),
-        ("share", pa.int32()),
+        *((name, pa.int32()) for name in ("epoch", "stream", "share")),
         *((name, pa.list_(pa.int32())) for name in ("tokens", "positions", "prompt", "interaction", "cut", "after")),
         ("labels", pa.list_(pa.int8())),
         ("users", pa.list_(pa.int64())),
@@ -42,7 +54,19 @@ EMPTY_ROW = PackedRow(
 )
 ARRAYS = ("tokens", "positions", "prompt", "interaction", "cut", "after", "labels", "users")
 StepRows = list[PackedRow]
-Packed = tuple[int, int, PackedRow]  # stream, share: the number of the planned row that this row fills, row
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """What a packed row fills: a planned row of a stream, its share; several rows fill one where capacity forces it."""
+
+    epoch: int
+    stream: int
+    share: int
+
+
+Packed = tuple[Place, PackedRow]
 
 
 @dataclass(frozen=True)
@@ -66,10 +90,8 @@ class TrainingRows:
         """Training targets of one pass; users' first `min_context` interactions are none."""
         if self.config.packing.min_context == 0:
             return self.dataset.targets[TRAIN]
-        sequences = read_all(self.dataset)
-        user = np.repeat(np.arange(len(sequences.user_ids)), np.diff(sequences.offsets))
-        per_user = np.bincount(user[sequences.splits == TRAIN], minlength=len(sequences.user_ids))
-        return int(np.maximum(per_user - self.config.packing.min_context, 0).sum())
+        users = (read_segment(self.dataset, segment) for segment in self.dataset.segments)
+        return sum(_targets_after(some, self.config.packing.min_context) for some in users)
 
     @property
     def total_targets(self) -> int:
@@ -85,6 +107,12 @@ class TrainingRows:
         densest = 1 if optim.sliding_tail else spec.k
         return max(1, round(share * _tokens_per_target(densest, spec, self.table) / (0.8 * spec.row_tokens) + 0.5))
 
+    @property
+    def packer(self) -> Packer:
+        """What packs the tasks; it travels to Ray's workers, so it leaves the list of segments here."""
+        spec = pack_spec(self.config.packing, self.config.prompt.context, TRAIN)
+        return Packer(replace(self.dataset, segments=()), spec)
+
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of one epoch."""
         return plan_epoch(
@@ -99,30 +127,101 @@ class TrainingRows:
             mix_segments=self.config.packing.mix_segments,
         )
 
-    def steps(self, epoch: int, rank: int, world: int, start_step: int = 0) -> Iterator[StepRows]:
-        """Yield the rows of each step of an epoch for one rank.
+    def steps(self, start: Position, rank: int, world: int) -> Generator[tuple[Position, StepRows]]:
+        """Yield the rest of the run for one rank: the position of each step, and its rows.
+
+        Every rank has the same steps; where its streams have no tasks, it has no rows in them.
 
         Args:
-            epoch: number of the pass.
+            start: what was trained already; the end of an epoch is the start of the next.
             rank: of this worker.
             world: number of workers; divides the number of streams.
-            start_step: steps of the epoch that were trained already.
+
+        Raises:
+            StorageError: a segment cannot be read.
         """
-        streams = self.config.packing.streams
-        assert streams % world == 0, "RunConfig checks that the streams divide"
-        mine = range(rank * streams // world, (rank + 1) * streams // world)
-        skip = start_step * self.rows_per_step
-        plan = self.plan(epoch)
-        tasks = [task for stream in mine for task in plan.streams[stream] if task.first_row + task.rows > skip]
-        tasks.sort(key=lambda task: (task.first_row, task.stream))
-        packer = Packer(self.dataset, pack_spec(self.config.packing, self.config.prompt.context, TRAIN))
-        packed = ray_rows(tasks, packer, self.table) if self.through_ray else local_rows(tasks, packer, self.table)
-        return _in_steps(packed, mine, skip, self.rows_per_step)
+        packing, optim = self.config.packing, self.config.optim
+        assert packing.streams % world == 0, "RunConfig checks that the streams divide"
+        mine = range(rank * packing.streams // world, (rank + 1) * packing.streams // world)
+        busy = range(mine.start, min(mine.stop, count_busy(self.dataset.segments, packing.streams)))
+        tasks = self._tasks(start, mine)
+        pack_tasks = partial(ray_rows, ahead=max(1, len(busy))) if self.through_ray else local_rows
+        with closing(pack_tasks(tasks, self.packer, self.table)) as packed:
+            rows = _in_steps(_shares(packed, start, self.rows_per_step), busy, self.rows_per_step)
+            for epoch in range(start.epoch, optim.epochs):
+                first = start.step if epoch == start.epoch else 0
+                for step in range(first, count_steps(self.dataset.segments, optim.targets_per_step)):
+                    yield Position(epoch, step), next(rows) if busy else []
+
+    def _tasks(self, start: Position, streams: Iterable[int]) -> Iterator[PackTask]:
+        """Yield what is left of some streams' tasks, planning an epoch when it begins."""
+        for epoch in range(start.epoch, self.config.optim.epochs):
+            plan = self.plan(epoch)
+            tasks = (task for stream in streams for task in plan.streams[stream])
+            done = start.step * self.rows_per_step if epoch == start.epoch else 0
+            left = (task for task in tasks if task.first_row + task.rows > done)
+            yield from sorted(left, key=lambda task: (task.first_row, task.stream))
+
+
+class Ahead(Generic[Item]):
+    """An iterator that runs in a thread of its own, so that the next items are there when they are asked for.
+
+    An error comes out in its place. `close` ends the thread and closes the iterator; it must be called.
+
+    Args:
+        items: runs in the thread from now on.
+        size: items that wait at most; the thread holds one more.
+        name: of the thread.
+    """
+
+    def __init__(self, items: Generator[Item], size: int, name: str) -> None:
+        self.items, self.name = items, name
+        self.room = threading.Semaphore(size)
+        self.waiting: SimpleQueue[tuple[Item] | BaseException] = SimpleQueue()
+        self.is_open = True
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        found = self.waiting.get()
+        if isinstance(found, BaseException):
+            self.waiting.put(found)  # an iterator that has ended stays so
+            raise found
+        self.room.release()
+        return found[0]
+
+    def close(self) -> None:
+        """End the thread; what it has made ahead is lost."""
+        self.is_open = False
+        self.room.release()
+        self.thread.join(CLOSE_S)
+        if self.thread.is_alive():
+            log.warning("thread %s still waits for Ray after %.0f s", self.name, CLOSE_S)
+
+    def _run(self) -> None:
+        try:
+            with closing(self.items):
+                for item in self.items:
+                    self.room.acquire()
+                    if not self.is_open:
+                        return
+                    self.waiting.put((item,))
+            self.waiting.put(StopIteration())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the reader must hear of it
+            self.waiting.put(error)
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs one task: reads its segments and lays their targets into rows."""
+    """Packs one task: reads its segments and lays their targets into rows.
+
+    Attributes:
+        dataset: where the segments lie; tasks bring their own, so it may list none.
+        spec: the layout.
+    """
 
     dataset: Dataset
     spec: PackSpec
@@ -133,51 +232,93 @@ class Packer:
         Prompts may fill more rows than the plan counted on, or fewer; they are spread evenly over the planned
         ones, each of which is at least one row, without targets if need be. So a plan holds whatever is packed.
         """
-        parts = [read_segment(self.dataset, self.dataset.segments[i]) for i in task.segments]
+        parts = [read_segment(self.dataset, segment) for segment in task.segments]
         spec = self.spec.sliding() if task.sliding else self.spec
         rng = np.random.default_rng(task.seed)
         rows = list(pack(concatenate(parts), table, spec, task.rows, rng))
         ends = [share * len(rows) // task.rows for share in range(task.rows + 1)]
         shares = (rows[begin:end] or [EMPTY_ROW] for begin, end in pairwise(ends))
-        return [(task.stream, task.first_row + i, row) for i, share in enumerate(shares) for row in share]
+        first = task.first_row
+        return [(Place(task.epoch, task.stream, first + i), row) for i, share in enumerate(shares) for row in share]
 
 
-def local_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[Packed]:
+def local_rows(tasks: Iterable[PackTask], packer: Packer, table: TokenTable) -> Generator[Packed]:
     """Pack the tasks one after the other in this process."""
     for task in tasks:
         yield from packer(task, table)
 
 
-def ray_rows(tasks: Sequence[PackTask], packer: Packer, table: TokenTable) -> Iterator[Packed]:
-    """Pack the tasks as a Ray Data pipeline, ahead of the reader; yield rows in the tasks' order."""
-    import ray.data  # here, so that the core runs where Ray is not installed
+def ray_rows(tasks: Iterable[PackTask], packer: Packer, table: TokenTable, ahead: int) -> Generator[Packed]:
+    """Pack the tasks through Ray Data, ahead of the reader; yield rows in the tasks' order.
 
-    if not tasks:
-        return
+    Each window of tasks is a pipeline of its own, and packs while the window before it is read. One pipeline for all
+    would hold every task of the run in this process, and 10,000 of them keep the first row waiting for 20 s.
+
+    Args:
+        tasks: taken a window at a time.
+        packer: packs one of them.
+        table: item texts as tokens.
+        ahead: packed tasks of a window that wait in this process; a few more lie in Ray's object store.
+    """
+    import ray  # here, so that the core runs where Ray is not installed
+
+    shared = ray.put(table)
+    windows = (Ahead(_packed_by_ray(some, packer, shared), ahead, "packed tasks") for some in _windows(tasks))
+    reading = deque(islice(windows, 1))
+    try:
+        while reading:
+            for number, packed in enumerate(reading[0]):
+                if number == 0:
+                    reading.extend(islice(windows, 1))
+                yield from packed
+            reading.popleft().close()
+    finally:
+        for window in reading:
+            window.close()
+
+
+def _windows(tasks: Iterable[PackTask]) -> Iterator[list[PackTask]]:
+    left = iter(tasks)
+    while window := list(islice(left, WINDOW_TASKS)):
+        yield window
+
+
+def _packed_by_ray(tasks: Sequence[PackTask], packer: Packer, shared: ObjectRef[TokenTable]) -> Generator[list[Packed]]:
+    """Run one Ray Data pipeline; an error of ours comes out of it as itself, the task's trace in a note."""
+    import ray.data
+    from ray.exceptions import RayTaskError
+
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    shared = ray.put(table)
+    context.raise_original_map_exception = True
 
     def pack_block(block: pa.Table) -> pa.Table:
-        chosen = [tasks[i] for i in block["task"].to_pylist()]
-        known = ray.get(shared)
-        return to_table([row for task in chosen for row in packer(task, known)])
+        table = ray.get(shared)
+        return to_table([row for task in block["task"].to_pylist() for row in packer(pickle.loads(task), table)])  # noqa: S301
 
-    numbers = ray.data.from_arrow([pa.table({"task": [i]}) for i in range(len(tasks))])
-    packed = numbers.map_batches(pack_block, batch_format="pyarrow", batch_size=None)
-    for block in packed.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2):
-        yield from from_table(block)
+    pickled = ray.data.from_arrow([pa.table({"task": [pickle.dumps(task)]}) for task in tasks])
+    packed = pickled.map_batches(pack_block, batch_format="pyarrow", batch_size=None)
+    # With 0 batches fetched ahead, Ray 2.60 leaves a thread behind.
+    batches = iter(packed.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=1))
+    try:
+        with closing(cast("Generator[pa.Table]", batches)) as blocks:
+            yield from (list(from_table(block)) for block in blocks)
+    except RayTaskError as error:
+        if isinstance(error.cause, DtiRayError):
+            error.cause.add_note(str(error))
+            raise error.cause from None
+        raise
 
 
 def to_table(packed: Sequence[Packed]) -> pa.Table:
     """Return rows as Arrow, one list a column; the inverse of `from_table`."""
-    streams, shares, rows = zip(*packed, strict=True)
+    places, rows = zip(*packed, strict=True)
     columns: dict[str, pa.Array] = {
-        "stream": pa.array(streams, pa.int32()),
-        "share": pa.array(shares, pa.int32()),
-        "prefix_tokens": pa.array([row.prefix_tokens for row in rows], pa.int32()),
+        name: pa.array(values, pa.int32())
+        for name, values in zip(Place._fields, zip(*places, strict=True), strict=True)
     }
+    columns["prefix_tokens"] = pa.array([row.prefix_tokens for row in rows], pa.int32())
     for name in ARRAYS:
         parts = [getattr(row, name) for row in rows]
         offsets = pa.array(np.concatenate([[0], np.cumsum([len(part) for part in parts])]), pa.int32())
@@ -189,11 +330,8 @@ def from_table(table: pa.Table) -> Iterator[Packed]:
     """Yield the rows of a table that `to_table` made."""
     for row in range(table.num_rows):
         arrays = {name: table[name][row].values.to_numpy(zero_copy_only=False) for name in ARRAYS}
-        yield (
-            table["stream"][row].as_py(),
-            table["share"][row].as_py(),
-            PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py()),
-        )
+        place = Place(*(table[name][row].as_py() for name in Place._fields))
+        yield place, PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py())
 
 
 def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
@@ -209,21 +347,34 @@ def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
     return UserSequences(offsets=np.concatenate([*offsets, starts[-1:]]), **flat)
 
 
-def _in_steps(packed: Iterable[Packed], streams: Iterable[int], skip: int, size: int) -> Iterator[StepRows]:
-    """Deal shares to their streams and take `size` of each stream a step, from share `skip`, until all have ended."""
+def _shares(packed: Iterable[Packed], start: Position, rows_per_step: int) -> Iterator[tuple[int, StepRows]]:
+    """Yield (stream, rows) of each share from a position on."""
+    for place, rows in groupby(packed, key=itemgetter(0)):
+        if place.epoch > start.epoch or place.share >= start.step * rows_per_step:
+            yield place.stream, [row for _, row in rows]
+
+
+def _in_steps(shares: Iterable[tuple[int, StepRows]], streams: Iterable[int], size: int) -> Iterator[StepRows]:
+    """Deal shares to their streams; a step takes `size` of each, as soon as they are there."""
     waiting: dict[int, deque[StepRows]] = {stream: deque() for stream in streams}
-    for (stream, share), rows in groupby(packed, key=itemgetter(0, 1)):
-        if share < skip:
-            continue
-        waiting[stream].append([row for _, _, row in rows])
-        while all(len(shares) >= size for shares in waiting.values()):
-            yield [row for shares in waiting.values() for _ in range(size) for row in shares.popleft()]
-    while any(waiting.values()):
-        yield [row for shares in waiting.values() for _ in range(min(size, len(shares))) for row in shares.popleft()]
+    lacking = len(waiting)
+    for stream, rows in shares:
+        waiting[stream].append(rows)
+        lacking -= len(waiting[stream]) == size
+        while not lacking:
+            yield [row for queue in waiting.values() for _ in range(size) for row in queue.popleft()]
+            lacking = sum(len(queue) < size for queue in waiting.values())
+
+
+def _targets_after(users: UserSequences, min_context: int) -> int:
+    """Count the training targets with at least so many interactions before them."""
+    user = np.repeat(np.arange(len(users.user_ids)), np.diff(users.offsets))
+    per_user = np.bincount(user[users.splits == TRAIN], minlength=len(users.user_ids))
+    return int(np.maximum(per_user - min_context, 0).sum())
 
 
 def _tokens_per_target(k: int | None, spec: PackSpec, table: TokenTable) -> float:
-    """Estimate tokens per target from METHOD's cost formula; k = all as 64."""
-    per_interaction = float(table.lengths.mean()) + 1
+    """Estimate tokens per target from METHOD's cost formula; k = all as 64, time gaps by their mean phrase."""
+    per_interaction = float(table.lengths.mean() + table.gap_lengths.mean()) + 1
     run = k if k is not None else 64
     return (len(table.prefix) + spec.n * per_interaction) / run + per_interaction + 1

@@ -11,6 +11,7 @@ number of workers; every stream has the same number of rows; each segment appear
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,21 +23,23 @@ from dti_ray.data.interactions import Segment
 
 @dataclass(frozen=True)
 class PackTask:
-    """Consecutive segments of one stream that are packed together.
+    """Consecutive segments of one stream that are packed together; it says all that its packer must know.
 
     Attributes:
+        epoch: number of the pass.
         stream: virtual stream, 0 ... V - 1.
-        first_row: number of the stream's rows before this task.
+        first_row: number of the stream's rows of this epoch before the task.
         rows: rows that the task becomes, >= 1.
-        segments: indices into the data set's segments.
+        segments: of the data set.
         seed: of the shuffle within the task.
         sliding: pack as stand-alone prompts (the sliding tail) instead of k targets.
     """
 
+    epoch: int
     stream: int
     first_row: int
     rows: int
-    segments: tuple[int, ...]
+    segments: tuple[Segment, ...]
     seed: int
     sliding: bool
 
@@ -72,6 +75,16 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def count_steps(segments: Sequence[Segment], targets_per_step: int) -> int:
+    """Return the optimizer steps of an epoch, the same in every one."""
+    return max(1, round(sum(segment.targets[0] for segment in segments) / targets_per_step))
+
+
+def count_busy(segments: Sequence[Segment], streams: int) -> int:
+    """Return how many streams have tasks, in every epoch: the first ones, all unless segments are few."""
+    return min(streams, sum(segment.targets[0] > 0 for segment in segments))
+
+
 def plan_epoch(
     segments: Sequence[Segment],
     *,
@@ -97,51 +110,50 @@ def plan_epoch(
         sliding_tail: last share of the run's targets that is trained as stand-alone prompts.
         mix_segments: segments of a stream that are packed, and so shuffled, together.
     """
-    targets = np.array([segment.targets[0] for segment in segments], dtype=np.int64)
-    steps = max(1, round(int(targets.sum()) / targets_per_step))
+    steps = count_steps(segments, targets_per_step)
     order = np.random.default_rng(derive_seed(seed, "segments", epoch)).permutation(len(segments))
-    tail_from = (1.0 - sliding_tail) * epochs - epoch  # in epochs from the start of this one
     rows = steps * rows_per_step
-    plans = tuple(
-        _plan_stream(
-            stream, mine, targets, rows, tail_from * rows, mix_segments, derive_seed(seed, "rows", epoch, stream)
-        )
-        for stream, mine in enumerate(_deal(order, targets, streams))
+    tail_row = ((1.0 - sliding_tail) * epochs - epoch) * rows  # in rows from the start of this epoch
+    plans = (
+        _plan_stream(epoch, stream, mine, rows, tail_row, mix_segments, derive_seed(seed, "rows", epoch, stream))
+        for stream, mine in enumerate(_deal([segments[i] for i in order.tolist()], streams))
     )
-    return EpochPlan(epoch, steps, rows_per_step, plans)
+    return EpochPlan(epoch, steps, rows_per_step, tuple(plans))
 
 
-def _deal(order: np.ndarray, targets: np.ndarray, streams: int) -> list[list[int]]:
-    """Give each segment, in order, to the stream with the fewest targets so far."""
-    loads = np.zeros(streams, dtype=np.int64)
-    dealt: list[list[int]] = [[] for _ in range(streams)]
-    for segment in order[targets[order] > 0]:
-        stream = int(loads.argmin())
-        dealt[stream].append(int(segment))
-        loads[stream] += targets[segment]
+def _deal(segments: Sequence[Segment], streams: int) -> list[list[Segment]]:
+    """Give each segment, in order, to the stream with the fewest targets so far, the first one of several."""
+    loads = [(0, stream) for stream in range(streams)]
+    dealt: list[list[Segment]] = [[] for _ in range(streams)]
+    for segment in segments:
+        if segment.targets[0]:
+            load, stream = loads[0]
+            dealt[stream].append(segment)
+            heapq.heapreplace(loads, (load + segment.targets[0], stream))
     return dealt
 
 
 def _plan_stream(
-    stream: int, segments: list[int], targets: np.ndarray, rows: int, tail_row: float, mix_segments: int, seed: int
+    epoch: int, stream: int, segments: list[Segment], rows: int, tail_row: float, mix_segments: int, seed: int
 ) -> tuple[PackTask, ...]:
     """Give each task of `mix_segments` segments its share of the stream's rows; a task ends where the tail begins.
 
     Segments too small for a row join the next task, or the last one.
     """
-    ends = np.cumsum(targets[segments]) if segments else np.zeros(0, dtype=np.int64)
+    total = sum(segment.targets[0] for segment in segments)
     tasks: list[PackTask] = []
-    waiting: list[int] = []
-    first_row = 0
-    for segment, end in zip(segments, ends, strict=True):
+    waiting: list[Segment] = []
+    first_row = done = 0
+    for segment in segments:
         waiting.append(segment)
-        row_end = round(rows * int(end) / int(ends[-1]))
-        is_full = len(waiting) >= mix_segments or row_end == rows or first_row < tail_row <= row_end
-        if is_full and row_end > first_row:
-            task_seed = derive_seed(seed, len(tasks))
-            task = PackTask(stream, first_row, row_end - first_row, tuple(waiting), task_seed, first_row >= tail_row)
-            tasks.append(task)
-            waiting, first_row = [], row_end
+        done += segment.targets[0]
+        end = round(rows * done / total)
+        is_full = len(waiting) >= mix_segments or end == rows or first_row < tail_row <= end
+        if is_full and end > first_row:
+            is_tail = first_row >= tail_row
+            seed_of_task = derive_seed(seed, len(tasks))
+            tasks.append(PackTask(epoch, stream, first_row, end - first_row, tuple(waiting), seed_of_task, is_tail))
+            waiting, first_row = [], end
     if waiting:
         tasks[-1] = replace(tasks[-1], segments=(*tasks[-1].segments, *waiting))
     return tuple(tasks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import ray
@@ -22,9 +23,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.config import RunConfig, StorageConfig
-from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset
+from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, verify_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
-from dti_ray.data.pipeline import TrainingRows
+from dti_ray.data.pipeline import Ahead, TrainingRows
+from dti_ray.data.plan import Position
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import ConfigError, DtiRayError, Fault, InputError, RunError
 from dti_ray.infer.evaluate import sliding_spec
@@ -41,6 +43,8 @@ from dti_ray.train.identity import check_same_run, write_identity
 from dti_ray.train.loop import Trainer, passes_per_step
 from dti_ray.train.tokens import tokenizer_and_table
 from dti_ray.train.world import World
+
+AHEAD_STEPS = 8  # of rows that wait for the loop
 
 OnLine = Callable[[str, Line], None]
 log = logging.getLogger(__name__)
@@ -81,6 +85,7 @@ def check_launch(config: RunConfig) -> Launch:
     storage.check_writable()
     check_same_run(config, storage)
     dataset = open_dataset(storage, config.data.name)
+    verify_dataset(dataset)
     for split, number in (("train", TRAIN), ("valid", VALID)):
         if dataset.targets[number] == 0:
             raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
@@ -209,7 +214,6 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
     dataset = open_dataset(storage, config.data.name)
     rows = TrainingRows(dataset, table, config, through_ray=True)
     world = World(device)
-    engine = build_engine(build_model(config, table), config, passes_per_step(config, rows, world.size), device)
 
     def report(kind: str, line: Line, progress: Progress) -> None:
         if world.rank == 0:
@@ -217,7 +221,12 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
         if kind == "valid":
             ray.train.report(_metrics(line, progress))
 
-    Trainer(config, storage, rows, engine, world, report).run()
+    found = list_checkpoints(storage, f"runs/{config.train.run}")
+    start = found[-1].progress.position if found else Position()
+    # From here on rows are packed and fetched, while the model is built.
+    with closing(Ahead(rows.steps(start, world.rank, world.size), AHEAD_STEPS, "rows")) as steps:
+        engine = build_engine(build_model(config, table), config, passes_per_step(config, rows, world.size), device)
+        Trainer(config, storage, rows, engine, world, report).run(steps)
 
 
 def _metrics(line: Line, progress: Progress) -> dict[str, object]:

@@ -52,8 +52,7 @@ class Tally:
 class Step:
     """One step of one rank, with what all ranks know of it."""
 
-    epoch: int
-    number: int
+    position: Position
     rows: StepRows
     global_targets: int
     global_tokens: int
@@ -91,13 +90,19 @@ class Trainer:
             read_all(rows.dataset), rows.table, config, "valid", config.eval.max_valid_targets
         )[world.rank :: world.size]
 
-    def run(self) -> Progress:
-        """Train from the newest checkpoint to the end."""
+    def run(self, rows: Iterator[tuple[Position, StepRows]] | None = None) -> Progress:
+        """Train from the newest checkpoint to the end.
+
+        Args:
+            rows: of the steps from there on, where someone reads them already; None reads them here.
+        """
         progress = self.restore()
+        if rows is None:
+            rows = self.rows.steps(progress.position, self.world.rank, self.world.size)
         sink = MetricSink(self.storage, self.folder, progress.step) if self.world.rank == 0 else None
         started = time.monotonic() - progress.seconds
         tally = Tally(since=time.monotonic())
-        for step in self.steps(progress.position):
+        for step in self.steps(rows):
             lr = learning_rate(progress.targets / self.rows.total_targets, self.config.optim)
             grad_norm = self.train_step(step, lr, tally)
             before, progress = progress, self.advance(progress, step, time.monotonic() - started)
@@ -117,22 +122,15 @@ class Trainer:
         found = checkpoint.list_checkpoints(self.storage, self.folder)
         return checkpoint.restore(self.storage, found[-1], self.engine) if found else Progress()
 
-    def steps(self, position: Position) -> Iterator[Step]:
-        """Yield the steps from a position on, until no rank has rows left."""
-        for epoch in range(position.epoch, self.config.optim.epochs):
-            first = position.step if epoch == position.epoch else 0
-            mine = self.rows.steps(epoch, self.world.rank, self.world.size, first)
-            number = first
-            while True:
-                asked = time.monotonic()
-                rows = next(mine, [])
-                waited = time.monotonic() - asked
-                local = (len(rows), sum(row.targets for row in rows), self.tokens(rows))
-                count, targets, tokens = (int(value) for value in self.world.sum(local))
-                if count == 0:
-                    break
-                yield Step(epoch, number, rows, targets, tokens, waited)
-                number += 1
+    def steps(self, rows_of_steps: Iterator[tuple[Position, StepRows]]) -> Iterator[Step]:
+        """Yield the steps that are left, each with the time that its rows kept this rank waiting."""
+        asked = time.monotonic()
+        for position, rows in rows_of_steps:
+            waited = time.monotonic() - asked
+            local = (sum(row.targets for row in rows), self.tokens(rows))
+            targets, tokens = (int(value) for value in self.world.sum(local))
+            yield Step(position, rows, targets, tokens, waited)
+            asked = time.monotonic()
 
     def tokens(self, rows: StepRows) -> int:
         """Return the tokens of this rank's part of a step: those of its rows, and the prefix once a pass."""
@@ -141,7 +139,9 @@ class Trainer:
 
     def train_step(self, step: Step, lr: float, tally: Tally) -> float:
         """Run all passes of one step and apply the gradient; return its norm."""
-        torch.manual_seed(derive_seed(self.config.train.seed, "dropout", step.epoch, step.number, self.world.rank))
+        torch.manual_seed(
+            derive_seed(self.config.train.seed, "dropout", step.position.epoch, step.position.step, self.world.rank)
+        )
         self.engine.set_training(True)
         for rows in _split(step.rows, self.passes):
             batch = collate_pass(rows, self.rows.table, self.config.model.attention)
@@ -166,7 +166,7 @@ class Trainer:
             targets=progress.targets + step.global_targets,
             tokens=progress.tokens + step.global_tokens,
             seconds=seconds,
-            position=Position(step.epoch, step.number + 1),
+            position=Position(step.position.epoch, step.position.step + 1),
         )
 
     def log(self, sink: MetricSink | None, tally: Tally, progress: Progress, lr: float, grad_norm: float) -> None:

@@ -257,7 +257,7 @@ def test_after_the_last_delay_the_error_says_what_was_tried_and_what_to_do(stora
     assert len(calls) == 3
     assert str(error.value) == (
         f"{storage.display('a')}: cannot be written: connection refused; it was tried for 0.01 s; "
-        "check the root, its keys and its rights, then run the same command: it goes on from here"
+        "check that the storage answers, then run the same command: it goes on from here"
     )
 
 
@@ -291,9 +291,26 @@ def test_error_of_ours_that_storage_caused_is_tried_again_but_only_by_one(storag
     assert len(calls) == 3
 
     operation, calls = failing(*(OSError("connection refused") for _ in range(99)))
-    with pytest.raises(StorageError):
+    with pytest.raises(StorageError, match=r"inner: cannot be written: connection refused; it was tried") as error:
         storage.attempt("read", "outer", lambda: storage.attempt("written", "inner", operation))
     assert len(calls) == 3, "the outer one adds no tries to those of the inner one"
+    assert pickle.loads(pickle.dumps(error.value)).is_final, "in another process too"
+
+
+def test_error_of_ours_that_lasts_says_what_to_do(storage: Storage) -> None:
+    storage.retry_after_s = (0, 0)
+    caused = StorageError(Fault("s3://log/a.csv", "cannot be read", hint="check the path"))
+    caused.__cause__ = OSError("connection refused")
+    with pytest.raises(StorageError, match=r"s3://log/a\.csv: cannot be read; it was tried .* run the same command"):
+        storage.attempt("read", "a", failing(*[caused] * 9)[0])
+
+
+def test_error_of_ours_that_a_wrong_key_caused_is_raised_at_once(storage: Storage) -> None:
+    storage.retry_after_s = (5, 5)
+    caused = StorageError(Fault("s3://log/a.csv", "cannot be read", hint="check the path"))
+    caused.__cause__ = OSError("AWS Error ACCESS_DENIED during GetObject operation")
+    with pytest.raises(StorageError, match=r"s3://log/a\.csv: cannot be read; check the path"):
+        storage.attempt("read", "a", failing(caused)[0])
 
 
 def test_other_errors_pass(storage: Storage) -> None:
@@ -319,9 +336,7 @@ def test_copies_in_other_processes_wait_as_long(root: str) -> None:
     assert (copy.root, copy.base, copy.filesystem) == (storage.root, storage.base, storage.filesystem)
 
 
-def test_unreachable_endpoint_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreachable_endpoint_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     storage = Storage(UNREACHABLE)

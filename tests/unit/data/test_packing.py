@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dti_ray.config import load_config
 from dti_ray.data.interactions import TEST, TRAIN, VALID, UserSequences
 from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
-from dti_ray.data.prompts import NO, YES, TokenTable
+from dti_ray.data.prompts import GAPS, NO, YES, TokenTable
 from dti_ray.errors import ConfigError
 from tests.builders import make_config, make_sequences, make_table, train_spec
 
@@ -71,11 +71,14 @@ def fitting(
 def lay_out(sequences: UserSequences, table: TokenTable, spec: PackSpec, user: int, targets: list[int]) -> Prompt:
     items, labels, times = (history(sequences, user, name) for name in ("items", "labels", "times"))
 
+    def text(i: int) -> list[int]:
+        return [*gap_of(table, times, i), *text_of(table, items[i])]
+
     def cut(i: int) -> int:
         return times.index(times[i]) if spec.strictly_earlier else i
 
     def tokens_between(i: int, j: int) -> int:
-        return sum(len(text_of(table, items[m])) + 1 for m in range(i, j))
+        return sum(len(text(m)) + 1 for m in range(i, j))
 
     start = max(0, cut(targets[0]) - spec.n)
     tokens, positions, interactions, cuts, after = [], [], [], [], []
@@ -83,7 +86,7 @@ def lay_out(sequences: UserSequences, table: TokenTable, spec: PackSpec, user: i
         is_read = any(i < cut(target) for target in targets)
         if i not in targets and not is_read:
             continue
-        content = list(text_of(table, items[i]))
+        content = text(i)
         if i in targets:
             after.append(len(tokens) + len(content) - 1)
         if i != targets[-1]:
@@ -102,6 +105,15 @@ def history(sequences: UserSequences, user: int, name: str) -> list[int]:
 
 def text_of(table: TokenTable, item: int) -> list[int]:
     return table.tokens[table.offsets[item] : table.offsets[item + 1]].tolist()
+
+
+def gap_of(table: TokenTable, times: list[int], i: int) -> list[int]:
+    """Return the tokens of the time between interaction i and the last one of an earlier second."""
+    earlier = [time for time in times[:i] if time < times[i]]
+    if not table.tells_time or not earlier:
+        return []
+    phrase = sum(seconds <= times[i] - earlier[-1] for seconds, _ in GAPS)
+    return table.gap_tokens[table.gap_offsets[phrase] : table.gap_offsets[phrase + 1]].tolist()
 
 
 def prompts_of(rows: list[PackedRow]) -> list[Prompt]:
@@ -147,10 +159,10 @@ def worlds(draw: st.DrawFn) -> tuple[UserSequences, TokenTable, PackSpec]:
     """Some users, split in time order, with more or fewer shared seconds; rows from the smallest to roomy ones."""
     lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=5))
     seed = draw(st.integers(0, 999))
-    table = make_table(seed, prefix=draw(st.integers(0, 3)), longest=draw(st.integers(1, 4)))
+    table = make_table(seed, prefix=draw(st.integers(0, 3)), longest=draw(st.integers(1, 4)), gaps=draw(st.booleans()))
     sequences = make_sequences(lengths, seed)
     rng = np.random.default_rng(seed)
-    seconds = draw(st.sampled_from([1, 3, 1000]))
+    seconds = draw(st.sampled_from([1, 3, 1000, 50_000_000]))
     splits, times = [], []
     for length in lengths:
         valid, test = sorted(rng.integers(0, length + 1, 2))
@@ -158,8 +170,8 @@ def worlds(draw: st.DrawFn) -> tuple[UserSequences, TokenTable, PackSpec]:
         times.append(np.sort(rng.integers(0, seconds, length)))
     sequences = replace(sequences, splits=np.concatenate(splits).astype(np.int8), times=np.concatenate(times))
     spec = PackSpec(
-        k=draw(st.none() | st.integers(1, 9)),
-        n=draw(st.integers(1, 8)),
+        k=draw(st.none() | st.integers(1, 9) | st.just(40)),
+        n=draw(st.integers(1, 8) | st.just(40)),
         strictly_earlier=draw(st.booleans()),
         min_context=draw(st.integers(0, 4)),
         row_tokens=ROOMY,
@@ -281,10 +293,11 @@ def test_what_no_target_may_see_is_left_out() -> None:
 @pytest.mark.parametrize("strictly_earlier", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 10, None])
 @pytest.mark.parametrize("seconds", [1, 2, 60])
+@pytest.mark.parametrize("gaps", [False, True])
 def test_size_that_check_capacity_asks_for_works_and_one_less_is_refused(
-    k: int | None, strictly_earlier: bool, seconds: int
+    k: int | None, strictly_earlier: bool, seconds: int, gaps: bool
 ) -> None:
-    table = replace(make_table(prefix=2), tokens=np.arange(90, dtype=np.int32), offsets=np.arange(0, 91, 3))
+    table = replace(make_table(prefix=2, gaps=gaps), tokens=np.arange(90, dtype=np.int32), offsets=np.arange(0, 91, 3))
     sequences = make_sequences([60, 7])
     times = [np.sort(np.arange(length) % seconds) for length in (60, 7)]
     sequences = replace(sequences, times=np.concatenate(times))
@@ -354,3 +367,37 @@ def test_rows_end_to_end_are_one_row_with_the_same_prompts() -> None:
         assert (joined.users[first:last] == row.users).all()
         begin, first = end, last
     assert end_to_end(rows[:1]) is rows[0]
+
+
+def test_time_gap_counts_from_the_last_earlier_second_of_the_whole_history() -> None:
+    day, week = 86_400, 7 * 86_400
+    table = replace(
+        make_table(prefix=0), gap_tokens=np.arange(100, 100 + len(GAPS), dtype=np.int32),
+        gap_offsets=np.concatenate([[0], np.arange(len(GAPS) + 1)]),
+    )  # fmt: skip
+    names = {100 + i: phrase for i, (_, phrase) in enumerate(GAPS)}
+    times = np.array([0, 0, 59, 59, 59 + day, 59 + day, 59 + day + 3 * week])
+    splits = np.array([TRAIN] * 4 + [VALID] * 3, np.int8)
+    sequences = replace(make_sequences([7]), times=times, splits=splits)
+    for strictly_earlier in (False, True):
+        spec = PackSpec(k=2, n=7, strictly_earlier=strictly_earlier, min_context=0, row_tokens=ROOMY, split=VALID)
+        said: dict[int, set[str]] = {}
+        for prompt in prompts_of(list(pack(sequences, table, spec))):
+            for i in set(prompt.interactions):
+                first = prompt.tokens[prompt.interactions.index(i)]
+                said.setdefault(i, set()).add(names.get(first, ""))
+        moments, later, weeks = "moments later:", "1 day later:", "2 weeks later:"
+        expected = ["", "", moments, moments, later, later, weeks]
+        assert said == {i: {phrase} for i, phrase in enumerate(expected) if i in said}
+        assert {4, 5, 6} <= said.keys()
+
+
+def test_cold_users_are_targets_unless_they_are_left_out() -> None:
+    sequences, table = make_sequences([1, 1, 2, 5]), make_table(gaps=True)
+    for k in (1, 3, None):
+        spec = PackSpec(k=k, n=4, strictly_earlier=True, min_context=0, row_tokens=ROOMY, split=TRAIN)
+        assert sorted(targets_of(list(pack(sequences, table, spec)))) == expected_targets(sequences, spec)
+        for min_context in (1, 2, 9):
+            cold = replace(spec, min_context=min_context)
+            users = {user for user, _ in targets_of(list(pack(sequences, table, cold)))}
+            assert users == {user for user, length in enumerate([1, 1, 2, 5]) if length > min_context}

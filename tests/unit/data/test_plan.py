@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import asdict
 from itertools import chain, pairwise
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dti_ray.data.interactions import Segment
-from dti_ray.data.plan import EpochPlan, Position, derive_seed, plan_epoch
+from dti_ray.data.plan import EpochPlan, Position, count_busy, count_steps, derive_seed, plan_epoch
 
 
 def segments(targets: list[int]) -> list[Segment]:
@@ -26,7 +28,8 @@ def plan(targets: list[int], **changes: object) -> EpochPlan:
 
 
 def segments_of(made: EpochPlan) -> list[list[int]]:
-    return [[segment for task in stream for segment in task.segments] for stream in made.streams]
+    """Return the numbers of each stream's segments, in order; `segments` numbers them as row groups."""
+    return [[segment.row_group for task in stream for segment in task.segments] for stream in made.streams]
 
 
 counts = st.lists(st.integers(0, 90), min_size=1, max_size=60)
@@ -68,10 +71,10 @@ def test_streams_differ_by_no_more_than_one_segment(targets: list[int], streams:
 def test_rows_of_a_task_are_its_share_of_the_streams_targets(targets: list[int], seed: int) -> None:
     made = plan(targets, seed=seed)
     for stream in made.streams:
-        total = sum(targets[i] for task in stream for i in task.segments)
+        total = sum(segment.targets[0] for task in stream for segment in task.segments)
         done = 0
         for task in stream:
-            done += sum(targets[i] for i in task.segments)
+            done += sum(segment.targets[0] for segment in task.segments)
             assert abs(task.first_row + task.rows - made.steps * made.rows_per_step * done / total) <= 0.5
 
 
@@ -96,7 +99,7 @@ def test_small_segments_join_until_they_fill_a_row() -> None:
 
 def test_small_segments_at_the_end_of_a_stream_join_the_last_task() -> None:
     (stream,) = plan([1] * 9 + [91], streams=1, targets_per_step=50, rows_per_step=1, seed=4).streams
-    assert sorted(segment for task in stream for segment in task.segments) == list(range(10))
+    assert sorted(segment.row_group for task in stream for segment in task.segments) == list(range(10))
     assert len(stream[-1].segments) > 1
     assert sum(task.rows for task in stream) == 2
 
@@ -109,7 +112,7 @@ def test_large_segment_becomes_several_rows() -> None:
 def test_worked_example_of_the_module() -> None:
     made = plan([30, 10, 20, 20], streams=2, targets_per_step=20, rows_per_step=1)
     assert made.steps == 4
-    rows = sorted((task.segments[0], task.rows) for stream in made.streams for task in stream)
+    rows = sorted((task.segments[0].row_group, task.rows) for stream in made.streams for task in stream)
     assert len(rows) == 4
     assert sum(count for _, count in rows) == 8
 
@@ -166,14 +169,40 @@ def test_derived_streams_of_numbers_are_uncorrelated() -> None:
     assert np.abs(off_diagonal).max() < 0.12
 
 
-def test_plan_and_position_pickle_and_stay_small() -> None:
-    made = plan([1000] * 2000, streams=8, targets_per_step=4096)
-    text = pickle.dumps(made)
-    assert pickle.loads(text) == made
-    assert len(text) < 100 * 2000
-    position = Position(epoch=3, step=10**9)
-    assert pickle.loads(pickle.dumps(position)) == position
-    assert len(pickle.dumps(position)) < 200
+def test_task_pickles_and_stays_small() -> None:
+    made = plan([1000] * 2000, streams=8, targets_per_step=4096, mix_segments=8)
+    task = made.streams[0][0]
+    assert pickle.loads(pickle.dumps(task)) == task
+    assert len(pickle.dumps(task)) < 1000
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+def test_position_of_1000_streams_is_far_below_10_kb() -> None:
+    made = plan([1000] * 4000, streams=1000, targets_per_step=100_000)
+    assert len(made.streams) == 1000
+    for position in (Position(), Position(0, made.steps), Position(epoch=10**6, step=10**9)):
+        text = json.dumps(asdict(position))
+        assert Position(**json.loads(text)) == pickle.loads(pickle.dumps(position)) == position
+        assert max(len(text), len(pickle.dumps(position))) < 200
+
+
+@settings(max_examples=60, deadline=None)
+@given(targets=counts, streams=st.integers(1, 8), per_step=st.integers(1, 200), epoch=st.integers(0, 3))
+def test_steps_and_busy_streams_are_known_without_a_plan(
+    targets: list[int], streams: int, per_step: int, epoch: int
+) -> None:
+    made = plan(targets, streams=streams, targets_per_step=per_step, epoch=epoch, epochs=4)
+    assert count_steps(segments(targets), per_step) == made.steps
+    busy = count_busy(segments(targets), streams)
+    assert [bool(tasks) for tasks in made.streams] == [True] * busy + [False] * (streams - busy)
+
+
+def test_one_user_of_100_000_interactions_leaves_every_stream_its_rows() -> None:
+    made = plan([100_000, *[30] * 50], streams=4, targets_per_step=1000, rows_per_step=2)
+    assert [sum(task.rows for task in tasks) for tasks in made.streams] == [2 * made.steps] * 4
+    loads = [sum(segment.targets[0] for task in tasks for segment in task.segments) for tasks in made.streams]
+    *others, _ = sorted(loads)
+    assert max(others) - min(others) <= 30, "the others share what is left"
 
 
 def test_a_task_mixes_the_segments_asked_for_and_ends_where_the_tail_begins() -> None:

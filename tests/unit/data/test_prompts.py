@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dti_ray.config import PromptConfig
 from dti_ray.data.prompts import (
+    GAPS,
     PAD,
     UNKNOWN,
     TokenTable,
     catalogue_tokenizer,
     item_texts,
+    phrase_of,
     stored_tokenizer,
     token_table,
 )
@@ -49,7 +51,7 @@ def words_of(table: TokenTable, tokenizer: PreTrainedTokenizerFast) -> list[list
 
 
 def assert_same(a: TokenTable, b: TokenTable) -> None:
-    for name in ("tokens", "offsets", "prefix"):
+    for name in ("tokens", "offsets", "prefix", "gap_tokens", "gap_offsets"):
         left, right = getattr(a, name), getattr(b, name)
         assert left.dtype == right.dtype
         assert left.tolist() == right.tolist()
@@ -63,6 +65,19 @@ def test_template_takes_any_columns_in_any_order() -> None:
 
 def test_template_without_columns_is_the_same_text_for_every_item() -> None:
     assert item_texts(ITEMS, "a {{film}}") == ["a {film}"] * 3
+
+
+def test_without_a_template_all_columns_but_the_id_are_joined_and_empty_values_left_out() -> None:
+    items = pa.table(
+        {"title": ["Alien", "", " ", "Brazil"], "item_id": ["1", "2", "3", "4"], "genres": ["Horror", "Drama", "", ""]}
+    )
+    assert item_texts(items, None) == ["Alien, Horror", "Drama", "3", "Brazil"]
+    assert item_texts(ITEMS, None) == ["Alien, 1979", "Brazil, 1985", "Alien 3, 1992"]
+
+
+def test_without_a_template_items_of_an_id_alone_go_by_it() -> None:
+    assert item_texts(ITEMS.select(["item_id"]), None) == ["1", "2", "3"]
+    assert item_texts(ITEMS.slice(0, 0), None) == item_texts(ITEMS.select(["item_id"]).slice(0, 0), None) == []
 
 
 def test_template_with_an_unknown_column_names_the_known_ones() -> None:
@@ -156,7 +171,7 @@ def test_no_prefix_and_no_items_give_empty_arrays() -> None:
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(odd_texts, min_size=1, max_size=6))
 def test_stored_tokenizer_gives_the_same_table(texts: list[str]) -> None:
-    config = PromptConfig(prefix="user: a", max_item_tokens=4)
+    config = PromptConfig(prefix="user: a", max_item_tokens=4, time="gap")
     built = catalogue_tokenizer(texts, config)
     stored = stored_tokenizer(built.backend_tokenizer.to_str(), config)
     for again in (texts, ["a new word"]):
@@ -173,3 +188,46 @@ def test_items_read_back_as_their_words(texts: list[list[str]]) -> None:
     assert words_of(table, tokenizer) == [text[:5] for text in texts]
     assert table.cut_items == sum(len(text) > 5 for text in texts)
     assert not (table.tokens == tokenizer.unk_token_id).any()
+
+
+def gap_words(table: TokenTable, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
+    parts = np.split(table.gap_tokens, table.gap_offsets[1:-1])
+    return [tokenizer.convert_ids_to_tokens(part.tolist()) for part in parts]
+
+
+def test_phrases_of_time_gaps_are_known_words_and_their_own_table() -> None:
+    config = PromptConfig(time="gap", prefix="user:", max_item_tokens=1)
+    texts = ["Alien", "2 days"]
+    tokenizer = catalogue_tokenizer(texts, config)
+    table = token_table(texts, tokenizer, config)
+    assert gap_words(table, tokenizer) == [[], *(phrase.split() for _, phrase in GAPS)]
+    assert table.tells_time
+    assert table.gap_lengths.tolist() == [0, *(len(phrase.split()) for _, phrase in GAPS)]
+    assert words_of(table, tokenizer) == [["Alien"], ["2"]], "phrases are not cut with the items"
+    assert table.cut_items == 1
+
+
+def test_a_phrase_may_be_one_word() -> None:
+    config = PromptConfig(time="gap", word_break="[|]")
+    tokenizer = catalogue_tokenizer(["Heat|Action"], config)
+    table = token_table(["Heat|Action"], tokenizer, config)
+    assert gap_words(table, tokenizer) == [[], *([phrase] for _, phrase in GAPS)]
+
+
+def test_texts_that_do_not_tell_the_time_know_no_phrase() -> None:
+    table = build(["a b"])
+    assert not table.tells_time
+    assert (table.gap_tokens.tolist(), table.gap_offsets.tolist(), table.gap_lengths.tolist()) == ([], [0, 0], [0])
+    assert not {"later:", "day"} & catalogue_tokenizer(["a b"], DEFAULT).get_vocab().keys()
+
+
+def test_phrase_is_the_longest_time_that_the_gap_reaches() -> None:
+    minute, hour, day = 60, 3600, 86_400
+    seconds = [0, 1, 59, minute, 5 * hour, day - 1, day, 2 * day, 3 * day, 729 * day, 10_000 * day]
+    said = ["", *(phrase for _, phrase in GAPS)]
+    assert [said[number] for number in phrase_of(np.array(seconds)).tolist()] == [
+        "", "moments later:", "moments later:", "1 minute later:", "3 hours later:", "12 hours later:", "1 day later:",
+        "2 days later:", "2 days later:", "1 year later:", "years later:",
+    ]  # fmt: skip
+    assert [number for number, _ in GAPS] == sorted({number for number, _ in GAPS})
+    assert len({phrase for _, phrase in GAPS}) == len(GAPS)
