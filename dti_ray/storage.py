@@ -77,6 +77,7 @@ class Storage:
         Raises:
             StorageError: it failed every time.
         """
+        waited_s = 0.0
         try:
             with _faults(verb, self.display(path)):
                 for delay_s in self.retry_after_s:
@@ -87,11 +88,12 @@ class Storage:
                             raise
                         log.warning("%s cannot be %s, again in %d s: %s", self.display(path), verb, delay_s, error)
                     time.sleep(delay_s)
+                    waited_s += delay_s
                 return operation()
         except StorageError as error:
             told = error
-            if self.retry_after_s and _is_transient(error):
-                waited = f"it was tried for {sum(self.retry_after_s):g} s"
+            if waited_s and _is_transient(error):
+                waited = f"it was tried for {waited_s:g} s"
                 hint = f"{waited}; check that the storage answers, then run the same command: it goes on from here"
                 told = StorageError(*(replace(fault, hint=hint) for fault in error.faults))
             told.is_final = True

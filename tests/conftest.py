@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: a real local Ray, and raw files in RecBole's layout."""
+"""Fixtures that several tests share: a real local Ray, a real S3 server, and raw files in RecBole's layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.seaweed import KEYS, Seaweed
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.update(KEYS)  # before Ray starts, so that its workers have them
 
 INTER_HEADING = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
 ITEM_HEADING = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
@@ -30,6 +33,22 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def running_seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    server = Seaweed(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def seaweed(running_seaweed: Seaweed) -> Iterator[Seaweed]:
+    """A real S3 server, which a test may kill."""
+    running_seaweed.wait()
+    yield running_seaweed
+    running_seaweed.start()
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ whatever order they were read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from dti_ray.data.checks import INTERACTIONS, REFUSED, TEXTS
 from dti_ray.data.interactions import Segment, log2_histogram, segment_columns, segments_of, write_shard
 from dti_ray.data.scatter import REFUSED_AS, ROWS
 from dti_ray.data.sequences import Boundaries, sequences
+from dti_ray.errors import Fault, StorageError
 from dti_ray.storage import FileEntry, Storage
 
 QUARANTINE = pa.schema(
@@ -124,10 +126,7 @@ def count_times(storage: Storage, block: str, width: int, within: Sequence[int] 
 
     def count() -> None:
         buckets.clear()
-        with (
-            storage.filesystem.open_input_file(storage.path(block)) as source,
-            ipc.open_file(source, options=options) as batches,
-        ):
+        with _batches(storage, block, options) as batches:
             for number in range(batches.num_record_batches):
                 batch = batches.get_batch(number)
                 times = (
@@ -150,7 +149,7 @@ def read_batch(storage: Storage, block: str, number: int) -> pa.RecordBatch:
     """
 
     def read() -> pa.RecordBatch:
-        with storage.filesystem.open_input_file(storage.path(block)) as source, ipc.open_file(source) as batches:
+        with _batches(storage, block) as batches:
             return batches.get_batch(number)
 
     return storage.attempt("read", block, read)
@@ -171,6 +170,23 @@ def write_parquet(storage: Storage, folder: str, path: str, table: pa.Table) -> 
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     written = storage.write(f"{folder}/{path}", sink.getvalue().to_pybytes())
     return FileEntry(path, written.size_bytes, written.sha256)
+
+
+@contextmanager
+def _batches(
+    storage: Storage, block: str, options: ipc.IpcReadOptions | None = None
+) -> Iterator[ipc.RecordBatchFileReader]:
+    """Open a scratch file; what is wrong with its content names it."""
+    try:
+        with (
+            storage.filesystem.open_input_file(storage.path(block)) as source,
+            ipc.open_file(source, options=options) as batches,
+        ):
+            yield batches
+    except pa.ArrowInvalid as error:
+        scratch = storage.display(block.rpartition("/")[0])
+        hint = f"delete {scratch} and run `dti-ray prepare`"
+        raise StorageError(Fault(storage.display(block), f"is damaged: {error}", hint=hint)) from error
 
 
 def _column(table: pa.Table, name: str) -> pa.Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -242,8 +243,9 @@ def _resources(config: RunConfig) -> dict[str, float]:
 def _run_error(job: Launch, error: Exception) -> DtiRayError:
     """Name the first failing rank's own error, where its traceback lies, and how to go on."""
     trace = f"{job.folder}/failure.txt"
-    job.storage.write(trace, str(error).encode())
     failures = getattr(error, "worker_failures", {})
+    whole = ("".join(traceback.format_exception(cause)) for _, cause in sorted(failures.items()))
+    job.storage.write(trace, "\n".join([str(error), *whole]).encode())  # Ray's own text is cut
     for rank, cause in sorted(failures.items()):
         inner = getattr(cause, "cause", cause)
         if isinstance(inner, DtiRayError):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.seaweed import Seaweed
 
 SMALL = [
     "model.layers=1", "model.hidden_size=32", "model.heads=2", "model.kv_heads=2", "model.intermediate_size=32",
@@ -22,8 +21,6 @@ LINE = {
     "run", "checkpoint", "report", "protocol", "auc", "auc_low", "auc_high", "log_loss", "f1", "gauc", "ne",
     "calibration", "targets", "tokens", "targets_per_s", "seconds",
 }  # fmt: skip
-S3_PORT_WAIT_S = 60
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -36,38 +33,6 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None, timeout_s: int =
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Start a real S3 server; return the environment that finds it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("s3")
-    weed = Path(sys.executable).with_name("weed")
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", f"-s3.port={port}"],
-            env={**os.environ, **KEYS, "S3_BUCKET": "dti"}, stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            _wait_for(port)
-            yield {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
-
-
-def _wait_for(port: int) -> None:
-    deadline = time.monotonic() + S3_PORT_WAIT_S
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                time.sleep(3)  # the port opens a moment before the bucket is there
-                return
-        time.sleep(0.5)
-    raise AssertionError("the S3 server did not start")
 
 
 def test_demo_runs_the_whole_line_below_one_folder_and_is_idempotent(tmp_path: Path) -> None:
@@ -91,7 +56,7 @@ def test_demo_runs_the_whole_line_below_one_folder_and_is_idempotent(tmp_path: P
     assert evaluated["targets"] == 9_942
 
 
-def test_the_same_line_runs_on_a_real_s3_server(s3: dict[str, str]) -> None:
-    result = run_cli("demo", "--root", "s3://dti/somewhere", *SMALL, env=s3)
+def test_the_same_line_runs_on_a_real_s3_server(seaweed: Seaweed) -> None:
+    result = run_cli("demo", "--root", "s3://dti/somewhere", *SMALL, env=seaweed.environment)
     assert result.keys() >= LINE
     assert str(result["report"]).startswith("s3://dti/somewhere/runs/demo/report/")

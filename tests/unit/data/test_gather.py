@@ -158,6 +158,17 @@ def test_lost_scratch_file_is_named(tmp_path: Path) -> None:
         count_times(Storage(str(tmp_path)), "scratch/rows-00000-00000.arrow", 1, None)
 
 
+@pytest.mark.parametrize("content", [b"", b"ARROW1", b"x" * 500])
+def test_damaged_scratch_file_is_named_with_what_to_delete(tmp_path: Path, content: bytes) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("d/scratch/rows-0.arrow", content)
+    expected = rf"rows-0\.arrow: is damaged: .*; delete {tmp_path}/d/scratch and run `dti-ray prepare`"
+    with pytest.raises(StorageError, match=expected):
+        read_batch(storage, "d/scratch/rows-0.arrow", 0)
+    with pytest.raises(StorageError, match=expected):
+        count_times(storage, "d/scratch/rows-0.arrow", 1, None)
+
+
 @given(
     times=st.lists(st.integers(-50, 50), max_size=40),
     width=st.integers(1, 20),
