@@ -69,6 +69,10 @@ class StorageError(DtiRayError):
     exit_code = EXIT_BAD_INPUT
 
 
+class DamagedError(StorageError):
+    """What lies on storage is missing, or is not what was written there; trying again does not help."""
+
+
 class IncompleteError(DtiRayError):
     """What was written or scored is not what was asked for (rows in differ from rows out)."""
 

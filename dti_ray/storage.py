@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pyarrow import fs
 
-from dti_ray.errors import Fault, StorageError
+from dti_ray.errors import DamagedError, Fault, StorageError
 
 MANIFEST = "manifest.json"
 S3_CONNECT_TIMEOUT_S = 10
@@ -143,7 +143,7 @@ class Storage:
             body = json.loads(self.read(f"{path}/{MANIFEST}"))
             return [FileEntry(**entry) for entry in body.pop("files")], body
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
+            raise DamagedError(
                 Fault(self.display(path, MANIFEST), f"is damaged: {error}", hint="delete the folder and make it again")
             ) from error
 
@@ -208,7 +208,7 @@ def _write_local(target: Path, content: bytes) -> None:
 def _check_hash(name: str, entry: FileEntry, content: bytes) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
-        raise StorageError(
+        raise DamagedError(
             Fault(
                 name,
                 f"has hash {found[:12]}… and {len(content)} bytes",
@@ -230,7 +230,8 @@ class _faults:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             reason = " ".join(str(error).split())[:300]
-            raise StorageError(
+            kind_of = DamagedError if isinstance(error, FileNotFoundError) else StorageError
+            raise kind_of(
                 Fault(
                     self.where,
                     f"cannot be {self.verb}: {reason}",

@@ -34,11 +34,12 @@ from dti_ray.model.decoder import absolute_name
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage, absolute
 from dti_ray.telemetry import Line
-from dti_ray.train.checkpoint import Progress, list_checkpoints
+from dti_ray.train.checkpoint import list_checkpoints
 from dti_ray.train.engine import build_engine
 from dti_ray.train.host import settle
 from dti_ray.train.identity import check_same_run, write_identity
 from dti_ray.train.loop import Trainer, passes_per_step
+from dti_ray.train.state import Progress
 from dti_ray.train.tokens import tokenizer_and_table
 from dti_ray.train.world import World
 

@@ -17,7 +17,7 @@ from dti_ray.config import RunConfig, config_hash, differences, dotted_keys, fro
 from dti_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
-OTHER_VALUES = (
+OTHER_VALUES = ("skip", 
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
     "dense", "log1p", "drop", "distance", "torch", "fp32",
 )  # fmt: skip
@@ -255,13 +255,19 @@ def test_stored_yaml_that_does_not_fit_is_a_config_error(text: str) -> None:
 ONE_WORKER = load_config([], ["cluster.workers=1", "model.name_or_path=folder"])
 
 
+FREE = {
+    "train.log_targets", "train.max_failures", "train.max_skipped", "train.on_nonfinite", "train.peak_tflops",
+    "train.rows_per_pass", "train.zero_stage", "eval.bootstrap", "eval.every_targets",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("key", list(leaves()))
 def test_hash_names_what_is_learnt_and_not_where(key: str) -> None:
     other = changed(ONE_WORKER, key)
     if other is None:
         assert key == "data.source", "the only setting with one value"
         return
-    is_where = key.startswith(("storage.", "cluster."))
+    is_where = key.startswith(("storage.", "cluster.", "checkpoint.")) or key in FREE
     assert (config_hash(other) == config_hash(ONE_WORKER)) == is_where
     assert [fault.where for fault in differences(ONE_WORKER, other)] == ([] if is_where else [key])
 
