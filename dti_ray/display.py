@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -83,6 +84,10 @@ class TrainingView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """Print a remark."""
+        console.print(escape(text), soft_wrap=True)
 
     def show(self, kind: str, line: Line) -> None:
         """Print one line of metrics."""

@@ -79,3 +79,7 @@ class IncompleteError(DtiRayError):
 
 class RunError(DtiRayError):
     """The run failed after it had started; its state is kept."""
+
+
+class StoppedError(DtiRayError):
+    """The run was asked to end before its time; its state is kept."""

@@ -98,7 +98,7 @@ def _train(config: RunConfig) -> dict[str, object]:
     console.print(f"run {config.train.run}: {job.total_targets:,} targets, {config.cluster.workers} workers")
     connect(config.cluster)
     with TrainingView(job.total_targets) as view:
-        progress = launch(job, view.show)
+        progress = launch(job, view.show, view.say)
     cost = {
         "targets": progress.targets,
         "tokens": progress.tokens,

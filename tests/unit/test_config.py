@@ -17,9 +17,9 @@ from dti_ray.config import RunConfig, config_hash, differences, dotted_keys, fro
 from dti_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
-OTHER_VALUES = ("skip", 
+OTHER_VALUES = (
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
-    "dense", "log1p", "drop", "distance", "torch", "fp32",
+    "dense", "log1p", "drop", "distance", "torch", "fp32", "skip",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def test_there_is_one_base_and_two_exit_codes() -> None:
         "DamagedError": EXIT_BAD_INPUT,
         "IncompleteError": EXIT_RUN_FAILED,
         "RunError": EXIT_RUN_FAILED,
+        "StoppedError": EXIT_RUN_FAILED,
     }
 
 
