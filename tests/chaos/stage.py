@@ -128,8 +128,10 @@ class Run:
         return "\n".join([*self.texts(), self.error, log])
 
     def seconds_to_recover(self, since: float, step: int) -> float:
-        """Seconds from a moment to the first line behind a step that was reached by then."""
-        later = (o["at"] for o in self.said if o.get("kind") == "train" and o["step"] > step and o["at"] > since)
+        """Seconds from a moment to the first line behind a step reached by then, and behind the restore, if any."""
+        restored = [o["at"] for o in self.said if o.get("text", "").startswith("restored") and o["at"] > since]
+        begin = min(restored, default=since)
+        later = (o["at"] for o in self.said if o.get("kind") == "train" and o["step"] > step and o["at"] > begin)
         return next(later) - since
 
 
