@@ -26,7 +26,7 @@ from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import ConfigError, DtiRayError, Fault, InputError, RunError, StoppedError
+from dti_ray.errors import ConfigError, DamagedError, DtiRayError, Fault, InputError, RunError, StoppedError
 from dti_ray.infer.evaluate import sliding_spec
 from dti_ray.model.attention import choose_backend
 from dti_ray.model.backbone import build_model
@@ -121,9 +121,8 @@ def launch(job: Launch, on_line: OnLine, on_text: OnText = log.info) -> Progress
         RunError: workers failed more often than `train.max_failures`; what was saved is kept.
         StoppedError: SIGTERM ended the run; its state is kept.
     """
-    found = list_checkpoints(job.storage, job.folder)
-    if found and found[-1].progress.targets >= job.total_targets:
-        return found[-1].progress
+    if (progress := finished(job)) is not None:
+        return progress
     write_identity(job.config, job.storage, job.tokenizer)
     board = ray.remote(num_cpus=0)(Board).remote()
     lost: Exception | None = None
@@ -140,6 +139,19 @@ def launch(job: Launch, on_line: OnLine, on_text: OnText = log.info) -> Progress
     if lost is None and ray.get(board.is_stop_wanted.remote()):
         raise StoppedError(Fault(f"run {job.config.train.run}", f"stopped at step {progress.step}", hint=GO_ON))
     raise _run_error(job, failures, lost)
+
+
+def finished(job: Launch) -> Progress | None:
+    """Return where the run ended, if it did and its last state is sound."""
+    found = list_checkpoints(job.storage, job.folder)
+    if not found or found[-1].progress.targets < job.total_targets:
+        return None
+    try:
+        job.storage.verify(found[-1].path, found[-1].files)
+    except DamagedError as error:
+        log.warning("the last state is damaged, training goes on from the one before: %s", error)
+        return None
+    return found[-1].progress
 
 
 def _trainer(job: Launch, parts: WorkerParts) -> TorchTrainer:

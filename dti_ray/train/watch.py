@@ -21,7 +21,7 @@ COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Watch:
-    """Watches the thread that made it.
+    """Watches the thread that made it, from its first beat on.
 
     Args:
         limit_s: longest time between two beats.
@@ -34,7 +34,7 @@ class Watch:
     ) -> None:
         self.limit_s, self.on_stuck, self.end = limit_s, on_stuck, end
         self.watched = threading.get_ident()
-        self.last = time.monotonic()
+        self.last: float | None = None
         self.is_told = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -50,7 +50,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self.ended.wait(min(CHECK_S, self.limit_s / 4)):
-            idle_s = time.monotonic() - self.last
+            idle_s = time.monotonic() - self.last if self.last is not None else 0.0
             if idle_s < self.limit_s:
                 continue
             stack, is_waiting = stack_of(self.watched)

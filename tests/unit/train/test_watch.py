@@ -14,6 +14,9 @@ def wait_until(is_so, seconds: float = 5.0) -> None:
 def test_rank_that_stands_still_is_told_with_its_stack_and_ended() -> None:
     told, ended = [], []
     watch = Watch(0.2, lambda stack, is_waiting: told.append((stack, is_waiting)), ended.append)
+    time.sleep(0.5)
+    assert not told, "a model may take its time to load"
+    watch.beat()
     wait_until(lambda: ended)
     watch.close()
     assert ended == [EXIT_STUCK]
