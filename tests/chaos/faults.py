@@ -31,8 +31,8 @@ def worker(job: dict[str, Any]) -> None:
 
     def train_step(self: Trainer, step: Step, lr: float, tally: Tally) -> Any:
         time.sleep(fault.get("pause_s", 0.0))
-        mark = folder / "happened"
-        if "kind" in fault and rank == fault["rank"] and step.number == fault["step"] and not mark.exists():
+        mark, number = folder / "happened", step.epoch * self.rows.plan(0).steps + step.number + 1
+        if "kind" in fault and rank == fault["rank"] and number == fault["step"] and not mark.exists():
             mark.touch()
             return happen(fault["kind"], self, step, lr, tally)
         return plain(self, step, lr, tally)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from dti_ray.train import checkpoint
 from dti_ray.train.engine import TorchEngine
 from dti_ray.train.link import Link
 from dti_ray.train.loop import Tally, Trainer
+from dti_ray.train.saver import Saver
 from dti_ray.train.state import Progress
 from dti_ray.train.world import World
 from tests.builders import make_config, make_table, write_dataset
@@ -54,10 +54,16 @@ class Listener(Link):
 
 
 class Unhurried(Link):
-    """Leaves the writing thread time between two steps, as longer steps do."""
+    """Leaves the writing thread the time that it needs between two steps, as longer steps do."""
+
+    saver: Saver | None = None
 
     def beat(self) -> None:
-        time.sleep(0.05)
+        if self.saver is not None:
+            for pending in self.saver.pending:
+                pending.share.result()
+            for manifest in self.saver.manifests:
+                manifest.result()
 
 
 class PoisonedEngine(TorchEngine):
@@ -99,7 +105,10 @@ def train(
             raise StoppedError
 
     engine = PoisonedEngine(config, poisoned or set())
-    return Trainer(config, storage, rows, engine, World(CPU), report, link).run()
+    trainer = Trainer(config, storage, rows, engine, World(CPU), report, link)
+    if isinstance(link, Unhurried):
+        link.saver = trainer.saver
+    return trainer.run()
 
 
 def losses(root: Path) -> list[tuple[float, float]]:
