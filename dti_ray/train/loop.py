@@ -123,7 +123,7 @@ class Trainer:
     ) -> None:
         self.config, self.storage, self.rows = config, storage, rows
         self.engine, self.world, self.report = engine, world, report
-        self.link = link or Link()
+        self.link, self.is_noticed = link or Link(), False
         self.folder = f"runs/{config.train.run}"
         attempt = world.gather(uuid.uuid4().hex[:8])[0]
         self.saver = Saver(storage, self.folder, engine, world, config, attempt)
@@ -186,13 +186,14 @@ class Trainer:
             self.saver.complete()
         if step.is_stop_wanted or step.is_save_wanted:
             tally.checkpoint_s += self.saver.save(progress, tally.saved())
+            self.is_noticed = False
 
     def validate_and_save(self, sink: MetricSink | None, progress: Progress, tally: Tally) -> Progress:
         """After a step, or when a run goes on: validate and save if that is due."""
-        is_validated = self.owes_validation(progress)
+        is_validated, started = self.owes_validation(progress), time.monotonic()
         if is_validated:
             progress = self.validate(sink, progress)
-            tally.since = time.monotonic()
+            tally.since += time.monotonic() - started  # a line of metrics is about training
         if is_validated or self.is_state_due(progress):
             tally.checkpoint_s += self.saver.save(progress, tally.saved())
         return progress
@@ -230,7 +231,8 @@ class Trainer:
 
     def signals(self) -> tuple[bool, bool, bool]:
         """Return what this rank has to tell the others when a step begins."""
-        return self.saver.is_share_written(), self.link.is_stop_wanted(), self.link.take_notice()
+        self.is_noticed = self.link.take_notice() or self.is_noticed
+        return self.saver.is_share_written(), self.link.is_stop_wanted(), self.is_noticed
 
     def tokens(self, rows: StepRows) -> int:
         """Return the tokens of this rank's part of a step: those of its rows, and the prefix once a pass."""

@@ -223,6 +223,34 @@ def corrupt_shard_in_mid_run(stage: Stage, seed: int) -> Outcome:
     return replaced(outcome, is_named)
 
 
+def two_one_two_workers(zero_stage: int) -> Row:
+    """Return a row: the run is stopped twice, and goes on with another number of workers each time."""
+
+    def row(stage: Stage, seed: int) -> Outcome:
+        overrides = [f"train.zero_stage={zero_stage}", "model.dropout=0"]  # dropout draws by rank
+        whole = stage.start(None, None, *overrides)
+        assert whole.wait() == 0, whole.told()
+        expected, name = stage.losses(), None
+        for workers, step in ((2, FAULT_STEP + seed), (1, 2 * FAULT_STEP + seed)):
+            run = stage.start({"pause_s": 0.1}, name, *overrides, f"cluster.workers={workers}")
+            name = stage.name
+            run.wait_for_step(step)
+            reached = run.newest_step()
+            kill(run.process.pid, signal.SIGTERM)
+            run.wait(120)
+        again = stage.start(None, name, *overrides)
+        outcome = settled(stage, again, "equal to 1e-5, relative", time.time(), reached)
+        found = stage.losses()
+        are_close = found.keys() == expected.keys() and all(
+            targets == expected[step][1] and abs(loss - expected[step][0]) <= 1e-5 * abs(loss)
+            for step, (loss, targets) in found.items()
+        )
+        is_cut = any("written by 1 workers" in text for text in again.texts())
+        return Outcome(outcome.promise, outcome.is_kept and is_cut, outcome.seconds, are_close, outcome.litter)
+
+    return row
+
+
 ROWS: dict[str, Row] = {
     "SIGKILL of a worker in mid-step": sigkill_of_a_worker_in_mid_step,
     "SIGKILL of a worker during upload": sigkill_of_a_worker_during_upload,
@@ -240,6 +268,7 @@ ROWS: dict[str, Row] = {
     "one rank frozen (SIGSTOP)": one_rank_frozen,
     "NaN at a step": nan_at_a_step,
     "a corrupt shard in mid-run": corrupt_shard_in_mid_run,
+    **{f"2, 1, 2 workers, ZeRO {stage}": two_one_two_workers(stage) for stage in (1, 2, 3)},
 }
 
 
