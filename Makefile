@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CACHES := .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check clean
+.PHONY: help setup demo test test-fast chaos check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ test: $(READY) ## all tests
 
 test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten seconds
 	@$(BIN)/python -m pytest -q -m "not slow and not integration"
+
+CHAOS_TABLE ?= outputs/chaos.md
+
+chaos: $(READY) ## every fault three times under a real run, ten minutes of random ones, and a table (an hour)
+	@mkdir -p $(dir $(CHAOS_TABLE))
+	@$(BIN)/python -m tests.chaos.table --times 3 --soak 600 --to $(CHAOS_TABLE)
 
 check: $(READY) ## format, lint, types, import layers, YAML
 	@echo "check: ruff format" && $(BIN)/ruff format --check --quiet .

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -92,6 +93,10 @@ class TrainingView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """Print a remark."""
+        console.print(escape(text), soft_wrap=True)
 
     def show(self, kind: str, line: Line) -> None:
         """Print one line of metrics."""

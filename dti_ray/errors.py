@@ -74,9 +74,17 @@ class StorageError(DtiRayError):
     is_final = False
 
 
+class DamagedError(StorageError):
+    """What lies on storage is missing, or is not what was written there; trying again does not help."""
+
+
 class IncompleteError(DtiRayError):
     """What was written or scored is not what was asked for (rows in differ from rows out)."""
 
 
 class RunError(DtiRayError):
     """The run failed after it had started; its state is kept."""
+
+
+class StoppedError(DtiRayError):
+    """The run was asked to end before its time; its state is kept."""

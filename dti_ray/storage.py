@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pyarrow import fs
 
-from dti_ray.errors import Fault, StorageError
+from dti_ray.errors import DamagedError, Fault, StorageError
 
 MANIFEST = "manifest.json"
 S3_CONNECT_TIMEOUT_S = 10
@@ -201,7 +201,7 @@ class Storage:
             body = json.loads(self.read(f"{path}/{MANIFEST}"))
             return [FileEntry(**entry) for entry in body.pop("files")], body
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
+            raise DamagedError(
                 Fault(self.display(path, MANIFEST), f"is damaged: {error}", hint="delete the folder and make it again")
             ) from error
 
@@ -283,7 +283,7 @@ def _write_local(target: Path, content: bytes) -> None:
 
 def _check_hash(name: str, entry: FileEntry, size_bytes: int, sha256: str) -> None:
     if sha256 != entry.sha256:
-        raise StorageError(
+        raise DamagedError(
             Fault(
                 name,
                 f"has hash {sha256[:12]}… and {size_bytes} bytes",
@@ -314,4 +314,5 @@ class _faults:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             reason, hint = " ".join(str(error).split())[:300], "check the root, its keys and its rights"
-            raise StorageError(Fault(self.where, f"cannot be {self.verb}: {reason}", hint=hint)) from error
+            kind_of = DamagedError if isinstance(error, FileNotFoundError) else StorageError
+            raise kind_of(Fault(self.where, f"cannot be {self.verb}: {reason}", hint=hint)) from error

@@ -6,6 +6,7 @@ Stage: top. In: a configuration, or the name of a run. Out: a run's folder, tabl
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,22 @@ def report(
     end(as_json, {"run": config.train.run, "report": path})
 
 
+def export(
+    arguments: RunAndOverrides,
+    files: Files,
+    to: Annotated[str, typer.Option("--to", help="folder or URI that the model is written to")],
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's best state for Transformers and peft: a merged model, and the adapter if there is one."""
+    config = _stored_config(arguments, files, root)
+    from dti_ray.export import export_run
+
+    done = export_run(config, Storage(config.storage.root), to)
+    console.print(f"export: {', '.join(done.parts)} in {to}; log-odds differ by {done.largest_difference:.1g} at most")
+    end(as_json, {"run": config.train.run, "to": to, **asdict(done)})
+
+
 def demo(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
     """Get MovieLens-100K, prepare, train, evaluate and report: everything, on this machine."""
     files = files or [_demo_file()]
@@ -98,7 +115,7 @@ def _train(config: RunConfig) -> dict[str, object]:
     console.print(f"run {config.train.run}: {job.total_targets:,} targets, {config.cluster.workers} workers")
     connect(config.cluster)
     with TrainingView(job.total_targets) as view:
-        progress = launch(job, view.show)
+        progress = launch(job, view.show, view.say)
     cost = {
         "targets": progress.targets,
         "tokens": progress.tokens,

@@ -48,7 +48,15 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, NUMBER_STARTS)
 
 # What may differ between two runs of one name: where it runs and how often it reports, not what it learns.
-NOT_IN_HASH = ("storage", "cluster")
+NOT_IN_HASH = {
+    "storage": True,
+    "cluster": True,
+    "checkpoint": True,
+    "train": {
+        "log_targets", "max_failures", "max_skipped", "on_nonfinite", "peak_tflops", "rows_per_pass", "zero_stage",
+    },
+    "eval": {"bootstrap", "every_targets"},
+}  # fmt: skip
 
 
 def load_config(
@@ -107,13 +115,13 @@ def from_yaml(text: str) -> RunConfig:
 
 def config_hash(config: RunConfig) -> str:
     """Return 16 hex digits that name what a run learns (not where it runs)."""
-    tree = config.model_dump(mode="json", exclude=set(NOT_IN_HASH))
+    tree = config.model_dump(mode="json", exclude=NOT_IN_HASH)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[Fault]:
     """Return one fault per dotted key whose value differs between two configurations."""
-    before, after = (dict(_leaves(c.model_dump(mode="json", exclude=set(NOT_IN_HASH)))) for c in (old, new))
+    before, after = (dict(_leaves(c.model_dump(mode="json", exclude=NOT_IN_HASH))) for c in (old, new))
     return [
         Fault(where=key, problem=f"got {after.get(key)!r}", expected=f"{before.get(key)!r} as in the stored run")
         for key in sorted(before.keys() | after.keys())

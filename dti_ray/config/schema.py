@@ -282,6 +282,15 @@ class TrainConfig(Section):
         default=None, description="peak of one device (TFLOP/s), for MFU; null: its data sheet's, where that is known"
     )
     log_targets: PositiveInt = Field(default=5_000, description="a line of metrics every so many targets (count)")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="times that dead or failed workers are started again by one command (count)"
+    )
+    on_nonfinite: Literal["fail", "skip"] = Field(
+        default="fail", description="what a step with a loss or gradient that is not finite does to the run"
+    )
+    max_skipped: PositiveInt = Field(
+        default=10, description="steps that `on_nonfinite: skip` leaves out at most; one more fails (count)"
+    )
 
 
 class EvalConfig(Section):
@@ -297,10 +306,22 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept of a run: the best state by validation AUC and the last one."""
+    """When the state of a run is saved, and how much of it is kept."""
 
-    keep_last: PositiveInt = Field(default=1, description="newest checkpoints kept (count)")
-    keep_best: PositiveInt = Field(default=1, description="best checkpoints by validation AUC kept (count)")
+    every_steps: PositiveInt | None = Field(
+        default=None, description="a state every so many optimizer steps (count); null: at validations only"
+    )
+    keep_last: PositiveInt = Field(default=2, description="newest states kept (count)")
+    keep_best: PositiveInt = Field(default=1, description="best states by validation AUC kept (count)")
+    max_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="budget of a run's states (GB, 10^9 bytes); the newest is kept whatever its size"
+    )
+    queue: PositiveInt = Field(
+        default=1, description="states that may wait in memory for their upload; one more makes training wait (count)"
+    )
+    patience_s: Annotated[float, Field(gt=0.0)] = Field(
+        default=120.0, description="how long a state's upload is tried again before the run fails (s)"
+    )
 
 
 class StorageConfig(Section):
@@ -318,6 +339,9 @@ class ClusterConfig(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(default=0, description="GPUs of each training worker")
     data_cpus: PositiveInt = Field(default=1, description="CPUs left for packing beside the trainers (count)")
     object_store_mb: PositiveInt = Field(default=256, description="object store of a local cluster (MB)")
+    collective_timeout_s: Annotated[int, Field(ge=5)] = Field(
+        default=300, description="how long a worker waits for the others, or stands still, before it fails (s)"
+    )
 
 
 class RunConfig(Section):
@@ -343,6 +367,10 @@ class RunConfig(Section):
             raise ValueError("packing.streams must be a multiple of cluster.workers")
         if self.train.engine == "torch" and self.cluster.workers != 1:
             raise ValueError("train.engine=torch runs in one process; set cluster.workers=1")
+        if self.checkpoint.patience_s >= self.cluster.collective_timeout_s:
+            raise ValueError(
+                "checkpoint.patience_s must be below cluster.collective_timeout_s: the others wait so long"
+            )
         if self.optim.targets_per_step < self.packing.streams:
             raise ValueError("optim.targets_per_step must be at least packing.streams")
         return self

@@ -259,6 +259,16 @@ def read_segment(dataset: Dataset, segment: Segment) -> UserSequences:
     return UserSequences.from_table(table)
 
 
+def read_segments(dataset: Dataset, segments: Sequence[Segment]) -> UserSequences:
+    """Return the users of some segments of one shard.
+
+    Raises:
+        StorageError: the shard is missing or damaged.
+    """
+    groups = [segment.row_group for segment in segments]
+    return UserSequences.from_table(_read(dataset, segments[0].shard, lambda file: file.read_row_groups(groups)))
+
+
 def read_all(dataset: Dataset) -> UserSequences:
     """Return all users, in the order of the segments.
 

@@ -11,9 +11,7 @@ back-pressure, in the very order in which `local_rows` packs them one by one; ep
 
 from __future__ import annotations
 
-import logging
 import pickle
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,13 +19,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby, islice, pairwise
 from operator import itemgetter
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
 from dti_ray.config import RunConfig
+from dti_ray.data.ahead import Ahead
 from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
 from dti_ray.data.plan import EpochPlan, PackTask, Position, count_busy, count_steps, plan_epoch
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 WINDOW_TASKS = 32  # of one Ray Data pipeline
-CLOSE_S = 30.0  # a thread that waits for Ray cannot be woken; it ends with the next task
 
 ROW_SCHEMA = pa.schema(
     [
@@ -54,8 +51,6 @@ EMPTY_ROW = PackedRow(
 )
 ARRAYS = ("tokens", "positions", "prompt", "interaction", "cut", "after", "labels", "users")
 StepRows = list[PackedRow]
-Item = TypeVar("Item")
-log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -163,55 +158,35 @@ class TrainingRows:
             yield from sorted(left, key=lambda task: (task.first_row, task.stream))
 
 
-class Ahead(Generic[Item]):
-    """An iterator that runs in a thread of its own, so that the next items are there when they are asked for.
-
-    An error comes out in its place. `close` ends the thread and closes the iterator; it must be called.
+class RowsAhead:
+    """The rest of a run's steps for one rank, read ahead by a thread; `close` must be called.
 
     Args:
-        items: runs in the thread from now on.
-        size: items that wait at most; the thread holds one more.
-        name: of the thread.
+        rows: of the run.
+        rank: of this worker.
+        world: number of workers.
+        size: steps that wait at most.
+        start: where reading begins at once, in the hope that the run goes on from there.
     """
 
-    def __init__(self, items: Generator[Item], size: int, name: str) -> None:
-        self.items, self.name = items, name
-        self.room = threading.Semaphore(size)
-        self.waiting: SimpleQueue[tuple[Item] | BaseException] = SimpleQueue()
-        self.is_open = True
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+    def __init__(self, rows: TrainingRows, rank: int, world: int, size: int, start: Position) -> None:
+        self.rows, self.rank, self.world, self.size = rows, rank, world, size
+        self._begin(start)
 
-    def __iter__(self) -> Iterator[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        found = self.waiting.get()
-        if isinstance(found, BaseException):
-            self.waiting.put(found)  # an iterator that has ended stays so
-            raise found
-        self.room.release()
-        return found[0]
+    def at(self, position: Position) -> Iterator[tuple[Position, StepRows]]:
+        """Return the steps from a position on; reading begins anew where it is another one than was hoped for."""
+        if position != self.start:
+            self.close()
+            self._begin(position)
+        return self.steps
 
     def close(self) -> None:
-        """End the thread; what it has made ahead is lost."""
-        self.is_open = False
-        self.room.release()
-        self.thread.join(CLOSE_S)
-        if self.thread.is_alive():
-            log.warning("thread %s still waits for Ray after %.0f s", self.name, CLOSE_S)
+        """End the thread."""
+        self.steps.close()
 
-    def _run(self) -> None:
-        try:
-            with closing(self.items):
-                for item in self.items:
-                    self.room.acquire()
-                    if not self.is_open:
-                        return
-                    self.waiting.put((item,))
-            self.waiting.put(StopIteration())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the reader must hear of it
-            self.waiting.put(error)
+    def _begin(self, start: Position) -> None:
+        self.start = start
+        self.steps = Ahead(self.rows.steps(start, self.rank, self.world), self.size, "rows")
 
 
 @dataclass(frozen=True)

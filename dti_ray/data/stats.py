@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dti_ray.data.interactions import SPLITS, TRAIN, Dataset, Segment, UserSequences, _read
+from dti_ray.data.interactions import SPLITS, TRAIN, Dataset, Segment, UserSequences, read_segments
 from dti_ray.data.leaks import CHECKS, Extent, count_leaks, extent_of
 
 if TYPE_CHECKING:
@@ -192,9 +192,9 @@ def dataset_stats(dataset: Dataset, table: TokenTable | None = None) -> Stats:
 
 def read_blocks(dataset: Dataset) -> Iterator[UserSequences]:
     """Yield all users, some segments of one shard at a time."""
-    for shard, segments in groupby(dataset.segments, attrgetter("shard")):
-        for groups in _blocks(segments):
-            yield UserSequences.from_table(_read(dataset, shard, methodcaller("read_row_groups", groups)))
+    for _, segments in groupby(dataset.segments, attrgetter("shard")):
+        for block in _blocks(segments):
+            yield read_segments(dataset, block)
 
 
 def summarise(users: UserSequences, extent: Extent, rule: str, items: int) -> Partial:
@@ -268,17 +268,17 @@ def finish(partial: Partial, extent: Extent, dataset: Dataset, table: TokenTable
     )
 
 
-def _blocks(segments: Iterable[Segment]) -> Iterator[list[int]]:
-    """Yield row groups of a shard, as many at a time as make a block."""
-    groups, interactions = [], 0
+def _blocks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    """Yield segments of a shard, as many at a time as make a block."""
+    block, interactions = [], 0
     for segment in segments:
-        groups.append(segment.row_group)
+        block.append(segment)
         interactions += segment.interactions
         if interactions >= BLOCK_INTERACTIONS:
-            yield groups
-            groups, interactions = [], 0
-    if groups:
-        yield groups
+            yield block
+            block, interactions = [], 0
+    if block:
+        yield block
 
 
 def _sum(one: Counts, other: Counts) -> Counts:

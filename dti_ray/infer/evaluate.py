@@ -31,7 +31,7 @@ from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import PackedBatch, collate_pass
 from dti_ray.storage import Storage
 from dti_ray.telemetry import write_json
-from dti_ray.train.checkpoint import best, list_checkpoints, read_weights
+from dti_ray.train.checkpoint import read_best
 from dti_ray.train.engine import as_trained
 
 PROTOCOL = "sliding"
@@ -170,9 +170,9 @@ def evaluate_run(
     """
     dataset = open_dataset(storage, config.data.name)
     sequences = read_all(dataset)
-    checkpoint = best(list_checkpoints(storage, f"runs/{config.train.run}"))
+    checkpoint, weights = read_best(storage, f"runs/{config.train.run}")
     model = build_model(config, table).eval()
-    model.load_trained(read_weights(storage, checkpoint))
+    model.load_trained(weights)
     model.attention = "auto"  # of this CPU, whatever device trained
     forward = as_trained(model, config)
     started = time.monotonic()

@@ -149,12 +149,26 @@ def _tiny_llama(config: ModelConfig, table: TokenTable) -> LlamaConfig:
     )
 
 
-def _from_pretrained(name: str, gguf_file: str | None, table: TokenTable) -> Parts:
+def load_whole(name: str, gguf_file: str | None, attention: str) -> PreTrainedModel:
+    """Load a decoder with its LM head, in fp32.
+
+    Args:
+        name: as in `model.name_or_path`.
+        gguf_file: as in `model.gguf_file`.
+        attention: name of an attention function that Transformers knows.
+
+    Raises:
+        ConfigError: the name cannot be loaded.
+    """
     gguf = _gguf(name, gguf_file)
     try:
-        whole = AutoModelForCausalLM.from_pretrained(name, attn_implementation=NAME, dtype=torch.float32, **gguf)
+        return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32, **gguf)
     except (OSError, ValueError) as error:
         raise _not_loadable(name, error) from None
+
+
+def _from_pretrained(name: str, gguf_file: str | None, table: TokenTable) -> Parts:
+    whole = load_whole(name, gguf_file, NAME)
     summary, no, yes = table.marker_ids
     embed, output = whole.get_input_embeddings(), whole.get_output_embeddings()
     assert output is not None  # what is loaded has an LM head

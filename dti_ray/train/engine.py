@@ -1,29 +1,27 @@
 """The optimizer step, by DeepSpeed on a cluster or by plain PyTorch in one process.
 
 Stage: engine; the only module that imports DeepSpeed. In: a `ClickModel` and the configuration. Out: an
-`Engine`: forward, backward, step, save, load.
+`Engine`: forward, backward, step, state and back.
 Invariant: both engines minimise the same number: the loss handed to `backward` is (sum over this pass's
 targets) / (targets of the step on all ranks), and gradients are summed over passes and ranks.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from dti_ray.config import OptimConfig, RunConfig
-from dti_ray.errors import Fault, RunError
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.speed import speed_up
-
-TORCH_STATE = "engine.pt"
-TAG = "engine"
+from dti_ray.train.shards import fill, held_by_deepspeed, held_whole, refresh_parameters, snapshot
+from dti_ray.train.state import EngineState, StateFiles
 
 
 class Engine(Protocol):
@@ -41,23 +39,22 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Apply the accumulated gradients; return their global norm before clipping."""
+        """Apply the accumulated gradients; return their global norm before clipping.
+
+        Where the norm is not finite, on every rank alike, they are dropped and nothing changes.
+        """
         ...
 
     def set_training(self, is_training: bool) -> None:
         """Switch dropout on or off."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return all trainable weights on the CPU; every rank must call it."""
+    def state(self) -> EngineState:
+        """Return this rank's share of weights and optimizer, copied to the CPU; all ranks' shares make the state."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the training state; every rank must call it."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; `folder` holds every rank's part."""
+    def load_state(self, files: StateFiles) -> None:
+        """Go to the state that files of all ranks hold, however many ranks wrote them; every rank must call it."""
         ...
 
 
@@ -139,7 +136,8 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -147,20 +145,14 @@ class TorchEngine:
         """See `Engine`."""
         self.model.train(is_training)
 
-    def weights(self) -> dict[str, Tensor]:
+    def state(self) -> EngineState:
         """See `Engine`."""
-        return {name: parameter.detach().cpu() for name, parameter in self.model.trained().items()}
+        trained = self.model.trained()
+        return snapshot(held_whole(trained), self.optimizer.state, trained)
 
-    def save(self, folder: Path) -> None:
+    def load_state(self, files: StateFiles) -> None:
         """See `Engine`."""
-        state = {"weights": self.weights(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / TORCH_STATE)
-
-    def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        state = torch.load(folder / TORCH_STATE, map_location=self.device, weights_only=True)
-        self.model.load_trained(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        fill(held_whole(self.model.trained()), self.optimizer.state, files)
 
 
 class DeepSpeedEngine:
@@ -177,9 +169,10 @@ class DeepSpeedEngine:
 
         self.device = device
         self.model = model.to(device)
+        self.inner = adamw(model, config.optim)
         self.engine, optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config.optim),
+            optimizer=self.inner,
             config=deepspeed_config(config, passes),
             dist_init_required=not torch.distributed.is_initialized(),
         )
@@ -201,6 +194,13 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.optimizer is self.inner:  # nothing around it that knows a norm and leaves a bad step out
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+            self.engine.step()
+            return norm
         self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0)
 
@@ -208,27 +208,18 @@ class DeepSpeedEngine:
         """See `Engine`."""
         self.model.train(is_training)
 
-    def weights(self) -> dict[str, Tensor]:
+    def state(self) -> EngineState:
         """See `Engine`."""
-        from deepspeed.runtime.zero import GatheredParameters
-
         trained = self.model.trained()
-        with GatheredParameters(list(trained.values()), enabled=self.zero_stage == 3):
-            weights = {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
-        empty = [name for name, weight in weights.items() if weight.numel() == 0]
-        if empty:  # known of ZeRO 3 with adapters; such a checkpoint would be worth nothing
-            raise RunError(Fault("checkpoint", f"{len(empty)} weights are empty, {empty[0]} first"))
-        return weights
+        held = held_by_deepspeed(self.optimizer, trained)
+        if self.zero_stage == 0 and torch.distributed.get_rank() > 0:
+            held = []  # every rank has all of it; the first one writes
+        return snapshot(held, self.inner.state, trained)
 
-    def save(self, folder: Path) -> None:
+    def load_state(self, files: StateFiles) -> None:
         """See `Engine`."""
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        for script in folder.glob("*.py"):  # DeepSpeed's converters, the same in every checkpoint
-            script.unlink(missing_ok=True)
-
-    def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+        fill(held_by_deepspeed(self.optimizer, self.model.trained()), self.inner.state, files)
+        refresh_parameters(self.optimizer)
 
 
 def deepspeed_config(config: RunConfig, passes: int) -> dict[str, object]:

@@ -9,9 +9,8 @@ under the same name is refused.
 from __future__ import annotations
 
 import logging
-import threading
-import traceback
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -20,34 +19,36 @@ import ray.train
 from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.config import RunConfig, StorageConfig
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, verify_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
-from dti_ray.data.pipeline import Ahead, TrainingRows
+from dti_ray.data.pipeline import RowsAhead, TrainingRows
 from dti_ray.data.plan import Position
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import ConfigError, DtiRayError, Fault, InputError, RunError
+from dti_ray.errors import ConfigError, DamagedError, DtiRayError, Fault, InputError, RunError, StoppedError
 from dti_ray.infer.evaluate import sliding_spec
 from dti_ray.model.attention import choose_backend
 from dti_ray.model.backbone import build_model
 from dti_ray.model.decoder import absolute_name
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage, absolute
-from dti_ray.telemetry import Line
-from dti_ray.train.checkpoint import Progress, list_checkpoints
+from dti_ray.train.board import Board, ListeningTorchConfig, OnLine, OnText, Relay, WorkerLink
+from dti_ray.train.checkpoint import list_checkpoints
 from dti_ray.train.engine import build_engine
+from dti_ray.train.failures import Failure, as_error, first_cause
 from dti_ray.train.host import settle
 from dti_ray.train.identity import check_same_run, write_identity
 from dti_ray.train.loop import Trainer, passes_per_step
+from dti_ray.train.state import Progress
 from dti_ray.train.tokens import tokenizer_and_table
 from dti_ray.train.world import World
 
 AHEAD_STEPS = 8  # of rows that wait for the loop
+GO_ON = "the same command goes on from what was saved"
 
-OnLine = Callable[[str, Line], None]
 log = logging.getLogger(__name__)
 
 
@@ -112,24 +113,56 @@ def _check_model(config: RunConfig, table: TokenTable) -> None:
         raise ConfigError(*faults)
 
 
-def launch(job: Launch, on_line: OnLine) -> Progress:
+def launch(job: Launch, on_line: OnLine, on_text: OnText = log.info) -> Progress:
     """Run the training and return where it ended.
 
     Args:
         job: from `check_launch`; Ray must be running. A run that is finished is not trained again.
         on_line: called in this process with each line of metrics, as (kind, line).
+        on_text: called with what there is to say besides: what was restored, refused, left out.
 
     Raises:
-        RunError: a worker failed; what was saved is kept.
+        RunError: workers failed more often than `train.max_failures`; what was saved is kept.
+        StoppedError: SIGTERM ended the run; its state is kept.
     """
-    found = list_checkpoints(job.storage, job.folder)
-    if found and found[-1].progress.targets >= job.total_targets:
-        return found[-1].progress
+    if (progress := finished(job)) is not None:
+        return progress
     write_identity(job.config, job.storage, job.tokenizer)
     board = ray.remote(num_cpus=0)(Board).remote()
-    parts = WorkerParts(job.config, ray.put(job.table), board)
+    lost: Exception | None = None
+    with Relay(board, on_line, on_text):
+        try:
+            _trainer(job, WorkerParts(job.config, ray.put(job.table), board)).fit()
+        except ray.train.TrainingFailedError as error:
+            lost = error
+    failures = ray.get(board.all_failures.remote())
+    found = list_checkpoints(job.storage, job.folder)
+    progress = found[-1].progress if found else Progress()
+    if progress.targets >= job.total_targets:
+        return progress
+    if lost is None and ray.get(board.is_stop_wanted.remote()):
+        raise StoppedError(Fault(f"run {job.config.train.run}", f"stopped at step {progress.step}", hint=GO_ON))
+    raise _run_error(job, failures, lost)
+
+
+def finished(job: Launch) -> Progress | None:
+    """Return where the run ended, if it did and its last state is sound."""
+    found = list_checkpoints(job.storage, job.folder)
+    if not found or found[-1].progress.targets < job.total_targets:
+        return None
+    try:
+        job.storage.verify(found[-1].path, found[-1].files)
+    except DamagedError as error:
+        log.warning("the last state is damaged, training goes on from the one before: %s", error)
+        return None
+    return found[-1].progress
+
+
+def _trainer(job: Launch, parts: WorkerParts) -> TorchTrainer:
     cluster = job.config.cluster
-    trainer = TorchTrainer(
+    for name in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
+        os.environ.setdefault(name, str(cluster.collective_timeout_s))  # Ray hands them on to its controller
+    return TorchTrainer(
         _train_worker,
         train_loop_config={"parts": parts},
         scaling_config=ScalingConfig(
@@ -137,38 +170,16 @@ def launch(job: Launch, on_line: OnLine) -> Progress:
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker=_resources(job.config),
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker > 0 else "gloo"),
+        torch_config=ListeningTorchConfig(
+            backend="nccl" if cluster.gpus_per_worker > 0 else "gloo", timeout_s=cluster.collective_timeout_s
+        ),
         run_config=RayRunConfig(
             name=job.config.train.run,
             storage_path=job.storage.path("runs"),
             storage_filesystem=job.storage.filesystem,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=job.config.train.max_failures),
         ),
     )
-    with _relaying(board, on_line):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _run_error(job, error) from error
-    return list_checkpoints(job.storage, job.folder)[-1].progress
-
-
-class Board:
-    """A Ray actor: workers put lines on it, the driver takes them off."""
-
-    def __init__(self) -> None:
-        self.lines: list[tuple[str, Line]] = []
-
-    @ray.method
-    def put(self, kind: str, line: Line) -> None:
-        """Add one line."""
-        self.lines.append((kind, line))
-
-    @ray.method
-    def take(self) -> list[tuple[str, Line]]:
-        """Return all lines since the last call."""
-        taken, self.lines = self.lines, []
-        return taken
 
 
 @dataclass(frozen=True)
@@ -180,34 +191,26 @@ class WorkerParts:
     board: ActorProxy[Board]
 
 
-class _relaying:  # noqa: N801 - reads as a statement
-    """Hand the board's lines to the driver's callback while the block runs, and the rest when it ends."""
-
-    def __init__(self, board: ActorProxy[Board], on_line: OnLine) -> None:
-        self.board, self.on_line = board, on_line
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-        self._take()
-
-    def _run(self) -> None:
-        while not self.ended.wait(0.5):
-            self._take()
-
-    def _take(self) -> None:
-        for kind, line in ray.get(self.board.take.remote()):
-            self.on_line(kind, line)
-
-
 def _train_worker(job: dict[str, WorkerParts]) -> None:
-    """What every Ray Train worker runs: gather the parts, then the loop."""
+    """What every Ray Train worker runs: gather the parts, then the loop; tell how it ended."""
     parts = job["parts"]
+    rank = ray.train.get_context().get_world_rank()
+    attempt, is_over = ray.get(parts.board.begin.remote(rank))
+    if is_over:
+        return
+    link = WorkerLink(parts.board, rank, attempt, parts.config.cluster.collective_timeout_s)
+    try:
+        _train(parts, link)
+    except RunError as error:  # known to all ranks alike: nobody waits for this one, and another try would not help
+        link.fail(error)
+    except BaseException as error:
+        link.fail(error)
+        raise
+    finally:
+        link.close()
+
+
+def _train(parts: WorkerParts, link: WorkerLink) -> None:
     config, table = parts.config, ray.get(parts.table)
     device = get_device()
     settle(device, threads=max(1, int(config.cluster.cpus_per_worker)))
@@ -215,23 +218,13 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
     dataset = open_dataset(storage, config.data.name)
     rows = TrainingRows(dataset, table, config, through_ray=True)
     world = World(device)
-
-    def report(kind: str, line: Line, progress: Progress) -> None:
-        if world.rank == 0:
-            parts.board.put.remote(kind, line)
-        if kind == "valid":
-            ray.train.report(_metrics(line, progress))
-
     found = list_checkpoints(storage, f"runs/{config.train.run}")
     start = found[-1].progress.position if found else Position()
     # From here on rows are packed and fetched, while the model is built.
-    with closing(Ahead(rows.steps(start, world.rank, world.size), AHEAD_STEPS, "rows")) as steps:
+    with closing(RowsAhead(rows, world.rank, world.size, AHEAD_STEPS, start)) as ahead:
         engine = build_engine(build_model(config, table), config, passes_per_step(config, rows, world.size), device)
-        Trainer(config, storage, rows, engine, world, report).run(steps)
-
-
-def _metrics(line: Line, progress: Progress) -> dict[str, object]:
-    return {**line, "tokens": progress.tokens}
+        world.limit_waits(config.cluster.collective_timeout_s)
+        Trainer(config, storage, rows, engine, world, link.report, link).run(ahead.at)
 
 
 def _resources(config: RunConfig) -> dict[str, float]:
@@ -240,22 +233,13 @@ def _resources(config: RunConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
 
-def _run_error(job: Launch, error: Exception) -> DtiRayError:
+def _run_error(job: Launch, failures: Sequence[Failure], lost: Exception | None) -> DtiRayError:
     """Name the first failing rank's own error, where its traceback lies, and how to go on."""
-    trace = f"{job.folder}/failure.txt"
-    failures = getattr(error, "worker_failures", {})
-    whole = ("".join(traceback.format_exception(cause)) for _, cause in sorted(failures.items()))
-    job.storage.write(trace, "\n".join([str(error), *whole]).encode())  # Ray's own text is cut
-    for rank, cause in sorted(failures.items()):
-        inner = getattr(cause, "cause", cause)
-        if isinstance(inner, DtiRayError):
-            return inner
-        reason = "; ".join(str(inner).strip().splitlines()[-1:])
-        return RunError(
-            Fault(
-                f"rank {rank}",
-                f"{type(inner).__name__}: {reason}",
-                hint=f"traceback in {job.storage.display(trace)}; the same command goes on from what was saved",
-            )
-        )
-    return RunError(Fault(f"run {job.config.train.run}", str(error).strip().splitlines()[-1]))
+    path = f"{job.folder}/failure.txt"
+    cause = first_cause(failures)
+    traces = [f"rank {one.rank}, attempt {one.attempt}, step {one.step}\n{one.trace}" for one in failures]
+    job.storage.write(path, "\n".join([*traces, str(lost or "")]).encode())
+    if cause is not None:
+        return as_error(cause, job.storage.display(path))
+    reason = str(lost or "its workers ended early").strip().splitlines()[-1]
+    return RunError(Fault(f"run {job.config.train.run}", reason, hint=f"see {job.storage.display(path)}; {GO_ON}"))

@@ -7,6 +7,7 @@ Invariant: every rank makes the same calls in the same order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(tensor)
         return tensor.tolist()
+
+    def limit_waits(self, seconds: float) -> None:
+        """Let no collective wait longer, DeepSpeed's included: a group that is made later has torch's 30 minutes."""
+        if self.is_distributed:
+            for group in list(distributed.distributed_c10d._world.pg_map):
+                distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in the order of ranks."""

@@ -34,8 +34,10 @@ def test_there_is_one_base_and_two_exit_codes() -> None:
         "ConfigError": EXIT_BAD_INPUT,
         "InputError": EXIT_BAD_INPUT,
         "StorageError": EXIT_BAD_INPUT,
+        "DamagedError": EXIT_BAD_INPUT,
         "IncompleteError": EXIT_RUN_FAILED,
         "RunError": EXIT_RUN_FAILED,
+        "StoppedError": EXIT_RUN_FAILED,
     }
 
 

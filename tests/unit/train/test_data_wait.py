@@ -37,7 +37,7 @@ def test_data_wait_is_the_time_from_asking_to_getting_with_the_first_rows_includ
     rows = TrainingRows(dataset, make_table(), config, through_ray=False)
     engine = TorchEngine(build_model(config, make_table()), config, CPU)
     trainer = Trainer(config, dataset.storage, rows, engine, World(CPU), lambda _kind, _line, _progress: None)
-    assert trainer.run(slowly(rows.steps(Position(), 0, 1))).targets == dataset.targets[0]
+    assert trainer.run(lambda start: slowly(rows.steps(start, 0, 1))).targets == dataset.targets[0]
     lines = read_lines(dataset.storage, "runs/run", "train")
     targets = [
         line["targets"] - before for line, before in zip(lines, [0, *(x["targets"] for x in lines)], strict=False)

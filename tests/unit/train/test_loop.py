@@ -8,15 +8,14 @@ import torch
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import open_dataset
 from dti_ray.data.pipeline import TrainingRows
-from dti_ray.errors import StorageError
 from dti_ray.infer.evaluate import evaluate_run
 from dti_ray.model.backbone import build_model
 from dti_ray.storage import Storage
 from dti_ray.telemetry import Line, read_lines
 from dti_ray.train import checkpoint
-from dti_ray.train.checkpoint import Progress
 from dti_ray.train.engine import TorchEngine
 from dti_ray.train.loop import Trainer, learning_rate
+from dti_ray.train.state import Progress
 from dti_ray.train.world import World
 from tests.builders import make_config, make_table, write_dataset
 
@@ -50,6 +49,12 @@ def train(config: RunConfig, stop_after_step: int | None = None) -> tuple[Progre
     return Trainer(config, storage, rows, engine, World(CPU), report).run(), engine
 
 
+def assert_same_weights(one: TorchEngine, other: TorchEngine) -> None:
+    weights = other.model.trained()
+    for name, weight in one.model.trained().items():
+        assert torch.equal(weight, weights[name]), name
+
+
 def test_run_trains_every_target_once_an_epoch_and_reports_each_step(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, LENGTHS)
     config = tiny_run(tmp_path)
@@ -75,8 +80,7 @@ def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_w
     with pytest.raises(StoppedError):
         train(stopped_config, stop_after_step=stop_after)
     _, resumed = train(stopped_config)
-    for name, weight in whole.weights().items():
-        assert torch.equal(weight, resumed.weights()[name]), name
+    assert_same_weights(whole, resumed)
     expected, found = (
         [(line["step"], line["loss"]) for line in read_lines(Storage(str(tmp_path / name)), "runs/run", "train")]
         for name in ("whole", "stopped")
@@ -87,16 +91,18 @@ def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_w
 def test_run_with_adapters_goes_on_and_is_scored_from_adapters_alone(tmp_path: Path) -> None:
     for name in ("whole", "stopped"):
         write_dataset(tmp_path / name, LENGTHS)
-    overrides = ("lora.rank=2", "lora.dropout=0.1", "optim.lr=0.01")
+    overrides = ("lora.rank=16", "lora.dropout=0.1", "optim.lr=0.01")
     _, whole = train(tiny_run(tmp_path / "whole", *overrides))
     config = tiny_run(tmp_path / "stopped", *overrides)
     with pytest.raises(StoppedError):
         train(config, stop_after_step=9)
     _, resumed = train(config)
-    assert all(torch.equal(weight, resumed.weights()[name]) for name, weight in whole.weights().items())
+    assert_same_weights(whole, resumed)
     storage = Storage(config.storage.root)
-    kept = checkpoint.best(checkpoint.list_checkpoints(storage, "runs/run"))
-    assert all("lora_" in name or not name.startswith("decoder") for name in checkpoint.read_weights(storage, kept))
+    kept, weights = checkpoint.read_best(storage, "runs/run")
+    assert all("lora_" in name or not name.startswith("decoder") for name in weights)
+    adapter_bytes = 4 * sum(weight.numel() for weight in weights.values())
+    assert kept.size_bytes < 1.2 * 3 * adapter_bytes, "adapters and two moments of each"
     evaluation = evaluate_run(config, storage, make_table(), "valid", lambda _done, _all: None)
     assert evaluation.metrics.auc.value == pytest.approx(kept.progress.valid_auc, abs=1e-9)
 
@@ -130,27 +136,14 @@ def test_every_k_takes_the_same_number_of_steps(tmp_path: Path) -> None:
     assert len(steps) == 1
 
 
-def test_only_the_best_and_the_last_checkpoint_are_kept(tmp_path: Path) -> None:
+def test_only_the_best_and_the_last_states_are_kept(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, LENGTHS)
-    progress, _ = train(tiny_run(tmp_path))
+    progress, _ = train(tiny_run(tmp_path, "checkpoint.keep_last=1"))
     kept = checkpoint.list_checkpoints(dataset.storage, "runs/run")
     assert len(kept) <= 2
     assert kept[-1].progress == progress
     aucs = [line["auc"] for line in read_lines(dataset.storage, "runs/run", "valid")]
-    assert checkpoint.best(kept).progress.valid_auc == max(aucs)
-
-
-def test_a_checkpoint_without_manifest_is_ignored_and_a_changed_one_is_refused(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, LENGTHS)
-    config = tiny_run(tmp_path)
-    train(config)
-    storage = dataset.storage
-    storage.write("runs/run/checkpoints/step-99999999/weights.safetensors", b"half of it")
-    newest = checkpoint.list_checkpoints(storage, "runs/run")[-1]
-    assert newest.progress.step < 99999999
-    storage.write(f"{newest.path}/weights.safetensors", b"another file")
-    with pytest.raises(StorageError, match=r"weights\.safetensors: has hash"):
-        checkpoint.read_weights(storage, newest)
+    assert checkpoint.by_quality(kept)[0].progress.valid_auc == max(aucs)
 
 
 def test_learning_rate_rises_then_falls_to_its_final_share() -> None:

@@ -1,0 +1,56 @@
+"""What goes wrong inside a worker: the training function of a run under test.
+
+A fault is one JSON document in `DTI_CHAOS`: {"kind", "step", "rank", "folder"}; it happens once, which a file in the
+folder remembers. Each worker writes its process id there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from dti_ray.train import launch
+from dti_ray.train.loop import Step, Tally, Trainer
+
+train_worker = launch._train_worker  # before the driver puts `worker` in its place
+
+
+def worker(job: dict[str, Any]) -> None:
+    fault = json.loads(os.environ["DTI_CHAOS"])
+    folder = Path(fault["folder"])
+    rank = ray.train.get_context().get_world_rank()
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    plain = Trainer.train_step
+
+    def train_step(self: Trainer, step: Step, lr: float, tally: Tally) -> Any:
+        time.sleep(fault.get("pause_s", 0.0))
+        mark, number = folder / "happened", step.epoch * self.rows.plan(0).steps + step.number + 1
+        if "kind" in fault and rank == fault["rank"] and number == fault["step"] and not mark.exists():
+            mark.touch()
+            return happen(fault["kind"], self, step, lr, tally)
+        return plain(self, step, lr, tally)
+
+    def happen(kind: str, trainer: Trainer, step: Step, lr: float, tally: Tally) -> Any:
+        if kind == "raise":
+            raise ValueError("this rank has had enough")
+        if kind == "hang":
+            time.sleep(3600)
+        forward = trainer.engine.forward
+        trainer.engine.forward = lambda batch: forward(batch) + torch.where(batch.is_target, math.nan, 0.0)
+        try:
+            return plain(trainer, step, lr, tally)
+        finally:
+            trainer.engine.forward = forward
+
+    Trainer.train_step = train_step
+    try:
+        train_worker(job)
+    finally:
+        Trainer.train_step = plain

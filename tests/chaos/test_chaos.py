@@ -1,0 +1,27 @@
+"""The short form: a few faults, once each; `make chaos` runs all of them several times and writes the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos import stage as stages
+from tests.chaos.rows import ROWS
+from tests.chaos.stage import Stage
+
+SHORT = ["SIGKILL of a worker during upload", "newest state with one flipped byte", "one rank raising"]
+
+pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Stage]:
+    with stages.stage() as built:
+        yield built
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_run_survives(stage: Stage, name: str) -> None:
+    outcome = ROWS[name](stage, 0)
+    assert outcome.is_good, outcome
