@@ -176,17 +176,17 @@ def write_parquet(storage: Storage, folder: str, path: str, table: pa.Table) -> 
 def _batches(
     storage: Storage, block: str, options: ipc.IpcReadOptions | None = None
 ) -> Iterator[ipc.RecordBatchFileReader]:
-    """Open a scratch file; what is wrong with its content names it."""
+    """Open a scratch file; an error names it, and says how to do without it."""
     try:
         with (
             storage.filesystem.open_input_file(storage.path(block)) as source,
             ipc.open_file(source, options=options) as batches,
         ):
             yield batches
-    except pa.ArrowInvalid as error:
-        scratch = storage.display(block.rpartition("/")[0])
-        hint = f"delete {scratch} and run `dti-ray prepare`"
-        raise StorageError(Fault(storage.display(block), f"is damaged: {error}", hint=hint)) from error
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        reason, scratch = " ".join(str(error).split()), storage.display(block.rpartition("/")[0])
+        hint = f"delete {scratch} and run the same command"
+        raise StorageError(Fault(storage.display(block), f"is missing or damaged: {reason}", hint=hint)) from error
 
 
 def _column(table: pa.Table, name: str) -> pa.Array:

@@ -353,7 +353,7 @@ def test_scratch_file_that_is_lost_is_named(tmp_path: Path, raw: Path) -> None:
                 self.delete(path)
             return entry
 
-    with pytest.raises(StorageError, match=r"datasets/tiny/scratch/rows-00002-00000\.arrow: cannot be read: "):
+    with pytest.raises(StorageError, match=r"datasets/tiny/scratch/rows-00002-00000\.arrow: is missing or damaged: "):
         prepare(tabular(raw), Losing(str(tmp_path)))
 
 

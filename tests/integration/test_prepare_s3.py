@@ -43,30 +43,29 @@ def copy_to(storage: Storage, folder: Path) -> None:
 
 
 class Killing(Watch):
-    """Kills the server at one step, and starts it again after some seconds if it is told so."""
+    """Kills the server at some steps, and starts it again after a while if it is told so."""
 
-    def __init__(self, server: Seaweed, stage: str, done: int, back_after_s: float | None = None) -> None:
+    def __init__(self, server: Seaweed, *steps: tuple[str, int], back_after_s: float | None = None) -> None:
         super().__init__(self.step)
-        self.server, self.when, self.back_after_s = server, (stage, done), back_after_s
+        self.server, self.steps, self.back_after_s = server, steps, back_after_s
         self.seen: list[Step] = []
 
     def step(self, stage: str, done: int, total: int) -> None:
         self.seen.append((stage, done, total))
-        if (stage, done) == self.when:
+        if (stage, done) in self.steps:
             self.server.kill()
             if self.back_after_s is not None:
                 threading.Timer(self.back_after_s, self.server.start).start()
 
 
-@pytest.mark.parametrize(("stage", "done"), [("rows", 5), ("shard", 3)])
 def test_prepare_waits_for_a_bucket_that_comes_back(
-    tmp_path: Path, raw: Path, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, stage: str, done: int
+    tmp_path: Path, raw: Path, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_module, "RETRY_AFTER_S", PATIENT)
-    storage = Storage(seaweed.root(f"waits-{stage}"))
-    watch = Killing(seaweed, stage, done, back_after_s=1)
+    storage = Storage(seaweed.root("waits"))
+    watch = Killing(seaweed, ("rows", 5), ("shard", 3), back_after_s=1)
     dataset = prepare(tabular(raw, *SHARDS), storage, watch)
-    assert watch.when in {step[:2] for step in watch.seen}
+    assert set(watch.steps) <= {step[:2] for step in watch.seen}
     assert contents(dataset) == contents(prepare(tabular(raw, *SHARDS), Storage(str(tmp_path / "local"))))
     assert not any("/scratch" in path for path in storage.list(dataset.folder, recursive=True))
 
@@ -77,10 +76,9 @@ def test_log_in_a_bucket_that_comes_back_is_read_to_its_end(
     monkeypatch.setattr(storage_module, "RETRY_AFTER_S", PATIENT)
     copy_to(Storage(seaweed.root("logs")), raw)
     config = tabular(seaweed.root("logs/log"), *SHARDS)
-    for stage in ("items", "rows"):
-        root = tmp_path / stage
-        dataset = prepare(config, Storage(str(root)), Killing(seaweed, stage, 2, back_after_s=1))
-        assert learnt(dataset) == learnt(prepare(tabular(raw, *SHARDS), Storage(str(tmp_path / "local"))))
+    watch = Killing(seaweed, ("items", 2), ("rows", 2), back_after_s=1)
+    dataset = prepare(config, Storage(str(tmp_path / "root")), watch)
+    assert learnt(dataset) == learnt(prepare(tabular(raw, *SHARDS), Storage(str(tmp_path / "local"))))
 
 
 @pytest.mark.parametrize("place", ["root", "log"])
@@ -101,7 +99,7 @@ def test_bucket_that_stays_away_ends_the_command_in_words_and_the_same_command_g
     watches: list[Killing] = []
 
     def watch(_show: object) -> Watch:
-        watches.append(Killing(seaweed, "rows", 7 if not watches else 99))
+        watches.append(Killing(seaweed, *([] if watches else [("rows", 7)])))
         return watches[-1]
 
     monkeypatch.setattr(ray_jobs, "Watch", watch)

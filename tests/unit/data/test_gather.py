@@ -152,9 +152,9 @@ def test_global_time_uses_the_boundaries_of_the_whole_log(tmp_path: Path) -> Non
 
 
 def test_lost_scratch_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"scratch/rows-00000-00000\.arrow: cannot be read"):
+    with pytest.raises(StorageError, match=r"scratch/rows-00000-00000\.arrow: is missing or damaged"):
         read_batch(Storage(str(tmp_path)), "scratch/rows-00000-00000.arrow", 0)
-    with pytest.raises(StorageError, match=r"scratch/rows-00000-00000\.arrow: cannot be read"):
+    with pytest.raises(StorageError, match=r"scratch/rows-00000-00000\.arrow: is missing or damaged"):
         count_times(Storage(str(tmp_path)), "scratch/rows-00000-00000.arrow", 1, None)
 
 
@@ -162,7 +162,7 @@ def test_lost_scratch_file_is_named(tmp_path: Path) -> None:
 def test_damaged_scratch_file_is_named_with_what_to_delete(tmp_path: Path, content: bytes) -> None:
     storage = Storage(str(tmp_path))
     storage.write("d/scratch/rows-0.arrow", content)
-    expected = rf"rows-0\.arrow: is damaged: .*; delete {tmp_path}/d/scratch and run `dti-ray prepare`"
+    expected = rf"rows-0\.arrow: is missing or damaged: .*; delete {tmp_path}/d/scratch and run the same command"
     with pytest.raises(StorageError, match=expected):
         read_batch(storage, "d/scratch/rows-0.arrow", 0)
     with pytest.raises(StorageError, match=expected):
