@@ -48,6 +48,11 @@ class ColumnsConfig(Section):
         default=(), description="text columns of the catalogue (of the log, where there is none); empty: all others"
     )
 
+    @field_validator("text", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) and value else value
+
 
 class DataConfig(Section):
     """Which log is prepared, how a click is defined, and how time splits it."""

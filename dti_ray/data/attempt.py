@@ -96,6 +96,7 @@ def begin(attempt: Attempt, catalogue: pa.Table | None) -> None:
     text = json.dumps(inputs).encode()
     if storage.exists(path) and storage.read(path) == text:
         return
+    storage.delete(path)  # first: what a broken deletion leaves belongs to no log
     storage.delete(attempt.folder)
     storage.write(path, text)
 

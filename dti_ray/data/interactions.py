@@ -299,7 +299,7 @@ def _row_groups(offsets: NDArray[np.int64], segment_interactions: int) -> Iterat
 
 def _check_sizes(storage: Storage, folder: str, files: Iterable[FileEntry]) -> None:
     entries = list(files)
-    infos = storage.filesystem.get_file_info([storage.path(folder, entry.path) for entry in entries])
+    infos = storage.infos([f"{folder}/{entry.path}" for entry in entries])
     faults = [
         Fault(
             storage.display(folder, entry.path),

@@ -75,7 +75,9 @@ def prepare(config: RunConfig, storage: Storage, watch: Watch | None = None) -> 
         logger.info("%s is complete already", storage.display(folder))
         return existing
     raw = sources.locate(data, storage)
-    items = item_table(raw.read_catalogue()) if raw.read_catalogue is not None else None
+    items = None
+    if raw.read_catalogue is not None:
+        items = item_table(raw.storage.attempt("read", raw.catalogue[0], raw.read_catalogue))
     attempt = Attempt(data, storage, raw, raw.pieces(), watch or Watch())
     begin(attempt, items)
     if items is None:
@@ -237,7 +239,7 @@ def _complete(attempt: Attempt, items: pa.Table, parts: Sequence[Part], bad_file
     storage, folder = attempt.storage, attempt.folder
     dataset = _summary(parts, items, bad_files, attempt)
     if not dataset.interactions:
-        raise _no_good_rows(dataset)
+        raise _no_good_rows(dataset, list(bad_files.values()))
     files = [write_parquet(storage, folder, ITEMS_FILE, items), *(file for part in parts for file in part.files)]
     if bad_files:
         files.append(_write_bad_files(attempt, bad_files))
@@ -286,9 +288,10 @@ def _item_words(items: pa.Table) -> tuple[int, ...]:
     return log2_histogram(np.asarray(words))
 
 
-def _no_good_rows(dataset: Dataset) -> InputError:
+def _no_good_rows(dataset: Dataset, problems: Sequence[str]) -> InputError:
     counts = ", ".join(f"{count} {reason}" for reason, count in dataset.quarantined.items())
     where = dataset.storage.display(dataset.folder)
-    hint = f"the refused rows are in {where}/quarantine" if counts else ""
+    has_rows = any(reason != UNREADABLE for reason in dataset.quarantined)
+    hint = f"the refused rows are in {where}/quarantine" if has_rows else "; ".join(problems[:1])
     problem = f"no interaction is left; quarantined: {counts or 'none, the raw files hold no row'}"
     return InputError(Fault(where, problem, hint=hint))

@@ -213,7 +213,7 @@ def _watched(storage: Storage, file: str, shown: str | None = None) -> Iterator[
             yield raw
     except DAMAGE as error:
         if raw.failure is not None:
-            raise _unreachable(where, raw.failure) from error
+            raise _unreachable(where, raw.failure) from raw.failure  # which is what decides on another attempt
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         hint = "get the file again; data.on_bad_file=quarantine leaves damaged files of a log out"
         raise InputError(Fault(where, f"is damaged: {reason}", hint=hint)) from error
