@@ -44,6 +44,18 @@ RUN = [
 ]  # fmt: skip
 
 
+started: list[Run] = []
+
+
+def end_all() -> None:
+    """Kill what drivers are left, and what they started."""
+    while started:
+        run = started.pop()
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait(30)
+
+
 def pass_on(_method: str, _path: str) -> int | None:
     return None
 
@@ -181,6 +193,7 @@ class Stage:
         return [*refused, *(path for path in self.storage.list(folder, recursive=True) if is_cut_off(path))]
 
     def close(self) -> None:
+        end_all()
         if hasattr(self, "cluster"):
             self.cluster.shutdown()
         self.proxy.close()
@@ -190,8 +203,12 @@ class Stage:
 def spawn(command: list[str], folder: Path, fault: dict[str, Any]) -> Run:
     env = {**os.environ, "DTI_CHAOS": json.dumps({"folder": str(folder), **fault})}
     with (folder / "stderr").open("a") as log:
-        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
-    return Run(process, folder)
+        process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
+    run = Run(process, folder)
+    started.append(run)
+    return run
 
 
 @contextmanager

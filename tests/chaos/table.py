@@ -55,6 +55,8 @@ def once(stage: Stage, name: str, seed: int) -> Outcome | str:
         outcome: Outcome | str = ROWS[name](stage, seed)
     except Exception:  # noqa: BLE001 - the other rows are still wanted
         outcome = traceback.format_exc()
+    stages.end_all()
+    stage.proxy.rule = stages.pass_on
     sys.stderr.write(f"{name}, {seed}: {outcome} ({time.monotonic() - started:.0f} s)\n")
     return outcome
 
