@@ -85,7 +85,7 @@ def test_missing_file_is_refused(root: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_unknown_storage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     answer = Answer(["evaluate", "demo", "--root", "ftp://host"], capsys)
-    answer.assert_refused("storage.root: got 'ftp://host'; expected a folder")
+    answer.assert_refused("'ftp://host': is no place that can be opened; expected a folder")
 
 
 def test_root_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

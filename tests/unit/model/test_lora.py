@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load as load_weights
-from safetensors.torch import save as save_weights
 
 from dti_ray.config import RunConfig
 from dti_ray.data.packing import pack
@@ -17,6 +15,7 @@ from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import PackedBatch, collate
 from dti_ray.model.loss import loss_sum
 from dti_ray.train.engine import TorchEngine, parameter_groups
+from dti_ray.train.state import StateFiles
 from tests.architectures import LORA, save_architecture
 from tests.builders import make_config, make_sequences, train_spec
 
@@ -104,15 +103,20 @@ def test_checkpoint_holds_what_was_trained_and_brings_back_model_and_optimizer(
     config = _config(tmp_path)
     engine = TorchEngine(build_model(config, table), config, CPU)
     _train(engine, table, 3)
-    blob = save_weights(engine.weights())
-    engine.save(tmp_path)
+    state = engine.state()
+    blob = state.weights()
+    paths = [tmp_path / "weights.safetensors", tmp_path / "moments.safetensors"]
+    for path, content in zip(paths, (blob, state.moments()), strict=True):
+        path.write_bytes(content)
     frozen = sum(p.numel() for p in engine.model.parameters() if not p.requires_grad)
     assert len(blob) < 4 * frozen, "the base is not in it"
 
     reader = build_model(config, table)
-    reader.load_trained(load_weights(blob))
+    with StateFiles(paths) as files:
+        reader.load_trained(dict(files.weights()))
     assert torch.equal(_logits(reader, table), _logits(engine.model, table))
 
     resumed = TorchEngine(build_model(config, table), config, CPU)
-    resumed.load(tmp_path)
+    with StateFiles(paths) as files:
+        resumed.load_state(files)
     assert _train(resumed, table, 2) == _train(engine, table, 2)
