@@ -30,7 +30,8 @@ MANIFEST = "manifest.json"
 S3_CONNECT_TIMEOUT_S = 10
 S3_REQUEST_TIMEOUT_S = 60
 S3_MAX_ATTEMPTS = 3
-RETRY_AFTER_S = (1, 2, 4, 8, 16)  # an object store that is away for half a minute is waited for
+PATIENCE_S = 31.0  # an object store that is away for half a minute is waited for
+LONGEST_PAUSE_S = 16.0
 HOPELESS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "InvalidAccessKey", "Forbidden")
 VERIFYING_THREADS = 8
 READ_BYTES = 8 << 20
@@ -51,7 +52,8 @@ class FileEntry:
 class Storage:
     """A root below which everything of this package lies.
 
-    What fails on an object store is tried again after 1, 2, 4, 8 and 16 seconds, unless keys or rights are wrong.
+    What fails on an object store is tried again after 1, 2, 4, 8 and 16 seconds, unless keys or rights are wrong;
+    `patient` gives a place that is tried for longer.
 
     Args:
         root: local folder, or `file://`, `s3://bucket/prefix`, `gs://bucket/prefix`. An S3 endpoint comes
@@ -64,7 +66,16 @@ class Storage:
     def __init__(self, root: str) -> None:
         self.root = root
         self.filesystem, self.base = _open(root)
-        self.retry_after_s = () if isinstance(self.filesystem, fs.LocalFileSystem) else RETRY_AFTER_S
+        self.retry_after_s = () if isinstance(self.filesystem, fs.LocalFileSystem) else _pauses(PATIENCE_S)
+
+    def patient(self, seconds: float) -> Storage:
+        """Return the same place, where whatever fails is tried again for so many seconds; 0: never.
+
+        A local folder's too: a full disk may have room again.
+        """
+        place = copy.copy(self)
+        place.retry_after_s = _pauses(seconds)
+        return place
 
     def attempt(self, verb: str, path: str, operation: Callable[[], T]) -> T:
         """Run an operation on a path; on an object store, again after a while if it fails.
@@ -86,7 +97,7 @@ class Storage:
                     except (OSError, StorageError) as error:
                         if not _is_transient(error):
                             raise
-                        log.warning("%s cannot be %s, again in %d s: %s", self.display(path), verb, delay_s, error)
+                        log.warning("%s cannot be %s, again in %g s: %s", self.display(path), verb, delay_s, error)
                     time.sleep(delay_s)
                     waited_s += delay_s
                 return operation()
@@ -234,8 +245,7 @@ class Storage:
         Raises:
             StorageError: the root cannot be reached or written.
         """
-        probe, once = f".probe-{uuid.uuid4().hex}", copy.copy(self)
-        once.retry_after_s = ()
+        probe, once = f".probe-{uuid.uuid4().hex}", self.patient(0.0)
         once.write(probe, b"probe")
         if once.read(probe) != b"probe":
             raise StorageError(Fault(self.root, "returned other bytes than were written"))
@@ -245,6 +255,14 @@ class Storage:
 def absolute(root: str) -> str:
     """Return a root that means the same in a process with another working directory."""
     return root if urlsplit(root).scheme else str(Path(root).expanduser().resolve())
+
+
+def _pauses(seconds: float) -> tuple[float, ...]:
+    """Return pauses that double and sum to a number of seconds."""
+    pauses: list[float] = []
+    while (left := seconds - sum(pauses)) > 0:
+        pauses.append(min(left, 2.0 ** len(pauses), LONGEST_PAUSE_S))
+    return tuple(pauses)
 
 
 def _open(root: str) -> tuple[fs.FileSystem, str]:

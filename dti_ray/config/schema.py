@@ -325,7 +325,7 @@ class CheckpointConfig(Section):
         default=1, description="states that may wait in memory for their upload; one more makes training wait (count)"
     )
     patience_s: Annotated[float, Field(gt=0.0)] = Field(
-        default=120.0, description="how long a state's upload is tried again before the run fails (s)"
+        default=120.0, description="how long an operation on a state is tried again before the run fails (s)"
     )
 
 

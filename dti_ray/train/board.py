@@ -60,10 +60,9 @@ class Board:
         return taken
 
     @ray.method
-    def begin(self, rank: int) -> tuple[int, bool]:
-        """Start a worker; return the attempt's number, and whether there is nothing left to do for it."""
-        if rank == 0:
-            self.attempt += 1
+    def begin(self) -> tuple[int, bool]:
+        """Start a group of workers; return the attempt's number, and whether there is nothing left to do for it."""
+        self.attempt += 1
         return self.attempt, self.stop or is_over(self.failures, self.attempt)
 
     @ray.method

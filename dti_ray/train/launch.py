@@ -193,14 +193,17 @@ class WorkerParts:
 
 def _train_worker(job: dict[str, WorkerParts]) -> None:
     """What every Ray Train worker runs: gather the parts, then the loop; tell how it ended."""
-    parts = job["parts"]
-    rank = ray.train.get_context().get_world_rank()
-    attempt, is_over = ray.get(parts.board.begin.remote(rank))
+    parts, device = job["parts"], get_device()
+    cluster = parts.config.cluster
+    settle(device, threads=max(1, int(cluster.cpus_per_worker)))
+    world = World(device)
+    # Rank 0 asks for all: a rank that was told otherwise than the rest would leave them waiting.
+    attempt, is_over = world.gather(ray.get(parts.board.begin.remote()) if world.rank == 0 else None)[0]
     if is_over:
         return
-    link = WorkerLink(parts.board, rank, attempt, parts.config.cluster.collective_timeout_s)
+    link = WorkerLink(parts.board, world.rank, attempt, cluster.collective_timeout_s)
     try:
-        _train(parts, link)
+        _train(parts, world, link)
     except RunError as error:  # known to all ranks alike: nobody waits for this one, and another try would not help
         link.fail(error)
     except BaseException as error:
@@ -210,14 +213,11 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
         link.close()
 
 
-def _train(parts: WorkerParts, link: WorkerLink) -> None:
-    config, table = parts.config, ray.get(parts.table)
-    device = get_device()
-    settle(device, threads=max(1, int(config.cluster.cpus_per_worker)))
+def _train(parts: WorkerParts, world: World, link: WorkerLink) -> None:
+    config, table, device = parts.config, ray.get(parts.table), world.device
     storage = Storage(config.storage.root)
     dataset = open_dataset(storage, config.data.name)
     rows = TrainingRows(dataset, table, config, through_ray=True)
-    world = World(device)
     found = list_checkpoints(storage, f"runs/{config.train.run}")
     start = found[-1].progress.position if found else Position()
     # From here on rows are packed and fetched, while the model is built.

@@ -62,10 +62,10 @@ class Saver:
     def __init__(
         self, storage: Storage, run_folder: str, engine: Engine, world: World, config: RunConfig, attempt: str
     ) -> None:
-        self.storage, self.run_folder, self.engine, self.world = storage, run_folder, engine, world
+        self.storage = storage.patient(config.checkpoint.patience_s)
+        self.run_folder, self.engine, self.world = run_folder, engine, world
         self.config, self.attempt = config, attempt
-        keep = config.checkpoint
-        self.background = Background(keep.queue, keep.patience_s)
+        self.background = Background(config.checkpoint.queue)
         self.pending: deque[Pending] = deque()
         self.manifests: list[Future[None]] = []
         self.refused: list[str] = []

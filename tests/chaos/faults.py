@@ -16,10 +16,16 @@ from typing import Any
 import ray.train
 import torch
 
+from dti_ray.data.plan import count_steps
 from dti_ray.train import launch
 from dti_ray.train.loop import Step, Tally, Trainer
 
 train_worker = launch._train_worker  # before the driver puts `worker` in its place
+
+
+def number_of(trainer: Trainer, step: Step) -> int:
+    in_an_epoch = count_steps(trainer.rows.dataset.segments, trainer.config.optim.targets_per_step)
+    return step.position.epoch * in_an_epoch + step.position.step + 1
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -31,7 +37,7 @@ def worker(job: dict[str, Any]) -> None:
 
     def train_step(self: Trainer, step: Step, lr: float, tally: Tally) -> Any:
         time.sleep(fault.get("pause_s", 0.0))
-        mark, number = folder / "happened", step.epoch * self.rows.plan(0).steps + step.number + 1
+        mark, number = folder / "happened", number_of(self, step)
         if "kind" in fault and rank == fault["rank"] and number == fault["step"] and not mark.exists():
             mark.touch()
             return happen(fault["kind"], self, step, lr, tally)

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 PIECES = 24
 SHARDS = ["data.shard_interactions=100"]
-PATIENT, IMPATIENT = (0.5,) * 60, (0.05, 0.1)
+IMPATIENT_S = 0.15
 
 Step = tuple[str, int, int]
 
@@ -58,10 +58,7 @@ class Killing(Watch):
                 threading.Timer(self.back_after_s, self.server.start).start()
 
 
-def test_prepare_waits_for_a_bucket_that_comes_back(
-    tmp_path: Path, raw: Path, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "RETRY_AFTER_S", PATIENT)
+def test_prepare_waits_for_a_bucket_that_comes_back(tmp_path: Path, raw: Path, seaweed: Seaweed) -> None:
     storage = Storage(seaweed.root("waits"))
     watch = Killing(seaweed, ("rows", 5), ("shard", 3), back_after_s=1)
     dataset = prepare(tabular(raw, *SHARDS), storage, watch)
@@ -70,10 +67,7 @@ def test_prepare_waits_for_a_bucket_that_comes_back(
     assert not any("/scratch" in path for path in storage.list(dataset.folder, recursive=True))
 
 
-def test_log_in_a_bucket_that_comes_back_is_read_to_its_end(
-    tmp_path: Path, raw: Path, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "RETRY_AFTER_S", PATIENT)
+def test_log_in_a_bucket_that_comes_back_is_read_to_its_end(tmp_path: Path, raw: Path, seaweed: Seaweed) -> None:
     copy_to(Storage(seaweed.root("logs")), raw)
     config = tabular(seaweed.root("logs/log"), *SHARDS)
     watch = Killing(seaweed, ("items", 2), ("rows", 2), back_after_s=1)
@@ -90,7 +84,7 @@ def test_bucket_that_stays_away_ends_the_command_in_words_and_the_same_command_g
     capsys: pytest.CaptureFixture[str],
     place: str,
 ) -> None:
-    monkeypatch.setattr(storage_module, "RETRY_AFTER_S", IMPATIENT)
+    monkeypatch.setattr(storage_module, "PATIENCE_S", IMPATIENT_S)
     root = seaweed.root("stays-away") if place == "root" else str(tmp_path / "root")
     path = str(raw) if place == "root" else seaweed.root("away/log")
     if place == "log":

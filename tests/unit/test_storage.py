@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from dti_ray import storage as storage_module
 from dti_ray.errors import Fault, StorageError
-from dti_ray.storage import MANIFEST, RETRY_AFTER_S, FileEntry, Storage
+from dti_ray.storage import MANIFEST, FileEntry, Storage
 
 FOLDER = "datasets/tiny"
 UNREACHABLE = "s3://bucket/prefix?endpoint_override=http://127.0.0.1:9"
@@ -323,8 +323,21 @@ def test_other_errors_pass(storage: Storage) -> None:
 
 def test_local_folder_is_tried_once_and_an_object_store_for_half_a_minute(storage: Storage) -> None:
     assert storage.retry_after_s == ()
-    assert Storage(UNREACHABLE).retry_after_s == RETRY_AFTER_S
-    assert 20 <= sum(RETRY_AFTER_S) <= 60
+    assert Storage(UNREACHABLE).retry_after_s == (1, 2, 4, 8, 16)
+
+
+def test_patience_is_spent_in_pauses_that_double(storage: Storage) -> None:
+    assert storage.patient(31).retry_after_s == (1, 2, 4, 8, 16)
+    assert storage.patient(60).retry_after_s == (1, 2, 4, 8, 16, 16, 13)
+    assert storage.patient(0.5).retry_after_s == (0.5,)
+    assert storage.patient(0).retry_after_s == ()
+    assert storage.retry_after_s == (), "the place itself is as it was: a local folder is tried once"
+
+
+def test_full_local_disk_is_waited_for_by_the_patient(storage: Storage) -> None:
+    operation, calls = failing(OSError(28, "No space left on device"))
+    assert storage.patient(0.02).attempt("written", "a", operation) == "done"
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("root", [".", UNREACHABLE])
@@ -360,7 +373,7 @@ def test_probe_of_a_root_does_not_wait(monkeypatch: pytest.MonkeyPatch, caplog: 
     with pytest.raises(StorageError, match="cannot be written"):
         storage.check_writable()
     assert caplog.messages == []
-    assert storage.retry_after_s == RETRY_AFTER_S
+    assert storage.retry_after_s == (1, 2, 4, 8, 16)
 
 
 def test_large_files_are_verified_in_parts(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

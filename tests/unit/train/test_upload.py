@@ -5,12 +5,11 @@ import time
 
 import pytest
 
-from dti_ray.errors import DamagedError, Fault, StorageError
-from dti_ray.train.upload import Background, patiently
+from dti_ray.train.upload import Background
 
 
 def test_jobs_run_in_order_and_one_too_many_waits() -> None:
-    background, go, order = Background(depth=1, patience_s=1), threading.Event(), []
+    background, go, order = Background(depth=1), threading.Event(), []
     first = background.give(lambda: (go.wait(), order.append(1)))
     second = background.give(lambda: order.append(2))
     waiting = threading.Thread(target=lambda: background.give(lambda: order.append(3)))
@@ -28,36 +27,8 @@ def test_jobs_run_in_order_and_one_too_many_waits() -> None:
     assert order[:2] == [1, 2]
 
 
-def test_storage_that_comes_back_is_waited_for() -> None:
-    tries = []
-
-    def job() -> str:
-        tries.append(1)
-        if len(tries) < 2:
-            raise StorageError(Fault("s3://bucket", "cannot be written"))
-        return "done"
-
-    assert patiently(job, 10) == "done"
-
-
-def test_patience_ends_and_damage_is_not_waited_for() -> None:
-    def refuse() -> None:
-        raise StorageError(Fault("s3://bucket", "cannot be written"))
-
-    with pytest.raises(StorageError, match="cannot be written"):
-        patiently(refuse, 0.1)
-
-    def damaged() -> None:
-        raise DamagedError(Fault("s3://bucket/file", "has hash 12"))
-
-    started = time.monotonic()
-    with pytest.raises(DamagedError):
-        patiently(damaged, 60)
-    assert time.monotonic() - started < 1
-
-
 def test_failure_of_a_job_is_told_to_whoever_asks() -> None:
-    background = Background(depth=1, patience_s=0.1)
+    background = Background(depth=1)
     future = background.give(lambda: 1 // 0)
     background.close()
     with pytest.raises(ZeroDivisionError):
