@@ -31,6 +31,7 @@ S3_CONNECT_TIMEOUT_S = 10
 S3_REQUEST_TIMEOUT_S = 60
 S3_MAX_ATTEMPTS = 3
 PATIENCE_S = 31.0  # an object store that is away for half a minute is waited for
+PROBE_PATIENCE_S = 3.0  # a root that is wrong is told soon, one failed request is not yet a wrong root
 LONGEST_PAUSE_S = 16.0
 HOPELESS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "InvalidAccessKey", "Forbidden")
 VERIFYING_THREADS = 8
@@ -245,11 +246,11 @@ class Storage:
         Raises:
             StorageError: the root cannot be reached or written.
         """
-        probe, once = f".probe-{uuid.uuid4().hex}", self.patient(0.0)
-        once.write(probe, b"probe")
-        if once.read(probe) != b"probe":
+        probe, place = f".probe-{uuid.uuid4().hex}", self.patient(min(PROBE_PATIENCE_S, sum(self.retry_after_s)))
+        place.write(probe, b"probe")
+        if place.read(probe) != b"probe":
             raise StorageError(Fault(self.root, "returned other bytes than were written"))
-        once.delete(probe)
+        place.delete(probe)
 
 
 def absolute(root: str) -> str:
