@@ -30,7 +30,7 @@ def main() -> int:
     fault = json.loads(os.environ["DTI_CHAOS"])
     names = ("DTI_CHAOS", "PYTHONPATH", "OMP_NUM_THREADS", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     env = {name: os.environ[name] for name in names if name in os.environ}
-    where = {"address": address, **({"num_cpus": 4} if address == "local" else {})}
+    where = {"address": address, **({"num_cpus": 6} if address == "local" else {})}
     ray.init(**where, runtime_env={"env_vars": env}, log_to_driver=False, logging_level="ERROR")
     launch._train_worker = faults.worker
     filler = Path(fault["fill"]) / "filler" if "fill" in fault else None

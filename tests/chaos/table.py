@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tests.chaos import stage as stages
-from tests.chaos.rows import ROWS, Outcome, can_mount
+from tests.chaos.rows import RESIZED, ROWS, Outcome, can_mount
 from tests.chaos.stage import RUN, Stage, kill
 
 FAULT_EVERY_S = 30
@@ -31,11 +31,11 @@ def main() -> int:
     parser.add_argument("--to", type=Path, help="file of the table; none: stdout alone")
     parser.add_argument("rows", nargs="*", help="words of the names of the rows wanted; none: all")
     wanted = parser.parse_args()
-    names = [name for name in ROWS if not wanted.rows or any(word in name for word in wanted.rows)]
+    names = [name for name in (*ROWS, *RESIZED) if not wanted.rows or any(word in name for word in wanted.rows)]
     found: dict[str, list[Outcome | str]] = {}
     with stages.stage() as stage:
         for name in names:
-            found[name] = [once(stage, name, seed) for seed in range(wanted.times)]
+            found[name] = [once(stage, name, seed) for seed in range(wanted.times if name in ROWS else 1)]
         soaked = soak(stage, wanted.soak) if wanted.soak else None
     text = "\n".join(
         [heading(wanted.times), *(line(name, outcomes) for name, outcomes in found.items()), *tail(soaked)]
@@ -52,7 +52,7 @@ def once(stage: Stage, name: str, seed: int) -> Outcome | str:
         return "no small file system can be mounted here"
     started = time.monotonic()
     try:
-        outcome: Outcome | str = ROWS[name](stage, seed)
+        outcome: Outcome | str = {**ROWS, **RESIZED}[name](stage, seed)
     except Exception:  # noqa: BLE001 - the other rows are still wanted
         outcome = traceback.format_exc()
     stages.end_all()
@@ -96,8 +96,8 @@ def heading(times: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "deepspeed", "pyarrow"))
     return (
         f"# Faults and what came of them\n\n"
-        f"{times} runs of each row on {os.cpu_count()} CPUs ({platform.machine()}), "
-        f"Python {platform.python_version()}, {packages}; commit {commit}; `python -m tests.chaos.table`.\n"
+        f"{times} runs of each row, one of those that change the number of workers, on {os.cpu_count()} CPUs "
+        f"({platform.machine()}), Python {platform.python_version()}, {packages}; commit {commit}; `python -m tests.chaos.table`.\n"
         f"Two workers on two local Ray nodes, ZeRO 2, fp32, SeaweedFS; settings: `{' '.join(RUN)}`.\n\n"
         "Equal: the losses and target counts of all steps are bit for bit those of an undisturbed run, so every\n"
         "target was trained exactly once.\n\n"
