@@ -97,7 +97,8 @@ def heading(times: int) -> str:
     return (
         f"# Faults and what came of them\n\n"
         f"{times} runs of each row, one of those that change the number of workers, on {os.cpu_count()} CPUs "
-        f"({platform.machine()}), Python {platform.python_version()}, {packages}; commit {commit}; `python -m tests.chaos.table`.\n"
+        f"({platform.machine()}), Python {platform.python_version()}, {packages}; commit {commit}; "
+        f"`python -m tests.chaos.table`.\n"
         f"Two workers on two local Ray nodes, ZeRO 2, fp32, SeaweedFS; settings: `{' '.join(RUN)}`.\n\n"
         "Equal: the losses and target counts of all steps are bit for bit those of an undisturbed run, so every\n"
         "target was trained exactly once.\n\n"
