@@ -1,6 +1,6 @@
 """Configuration, declared once (`schema`) and loaded in one way (`load`)."""
 
-from dti_ray.config.load import config_hash, differences, dotted_keys, from_yaml, load_config, to_yaml
+from dti_ray.config.load import config_hash, differences, dotted_keys, from_yaml, load_config, to_yaml, with_values
 from dti_ray.config.schema import (
     CheckpointConfig,
     ClusterConfig,
@@ -16,12 +16,14 @@ from dti_ray.config.schema import (
     StorageConfig,
     Window,
 )
+from dti_ray.config.tune import Dimension, TuneConfig, Value
 
 __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "DataConfig",
     "DebiasConfig",
+    "Dimension",
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
@@ -30,6 +32,8 @@ __all__ = [
     "ResetConfig",
     "RunConfig",
     "StorageConfig",
+    "TuneConfig",
+    "Value",
     "Window",
     "config_hash",
     "differences",
@@ -37,4 +41,5 @@ __all__ = [
     "from_yaml",
     "load_config",
     "to_yaml",
+    "with_values",
 ]

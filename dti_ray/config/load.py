@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -52,6 +52,7 @@ NOT_IN_HASH = {
     "storage": True,
     "cluster": True,
     "checkpoint": True,
+    "tune": True,
     "train": {
         "log_targets", "max_failures", "max_skipped", "on_nonfinite", "peak_tflops", "rows_per_pass", "zero_stage",
     },
@@ -85,13 +86,19 @@ def load_config(
             _merge(tree, _parse_override(override))
         except ConfigError as error:
             faults.extend(error.faults)
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(*faults, *_faults_of(error)) from None
-    if faults:
-        raise ConfigError(*faults)
-    return config
+    return _validated(tree, faults)
+
+
+def with_values(base: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """Return a configuration with other values at some dotted keys; a value keeps its type.
+
+    Raises:
+        ConfigError: with one fault per unknown key or value out of range.
+    """
+    tree: Tree = base.model_dump(mode="json")
+    for key, value in values.items():
+        _merge(tree, _nested(key, value))
+    return _validated(tree)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -137,6 +144,11 @@ def dotted_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
             yield from dotted_keys(field.annotation, f"{prefix}{name}.")
 
 
+def unknown_key(where: str) -> Fault:
+    """Return the fault of a dotted key that the schema does not have, with the one that may be meant."""
+    return Fault(where, "unknown key", hint=_suggestion(where, list(dotted_keys())))
+
+
 def _read_yaml(path: Path) -> Tree:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
@@ -155,11 +167,12 @@ def _parse_override(override: str) -> Tree:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(Fault(override, "is not an override", "`section.key=value`, as in optim.lr=3e-4"))
-    value = _parse_value(text)
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    assert isinstance(value, dict)
-    return value
+    return _nested(key.strip(), _parse_value(text))
+
+
+def _nested(key: str, value: object) -> Tree:
+    section, dot, leaf = key.rpartition(".")
+    return _nested(section, {leaf: value}) if dot else {leaf: value}
 
 
 def _parse_value(text: str) -> object:
@@ -174,6 +187,17 @@ def _parse_value(text: str) -> object:
 
 def _not_yaml(where: str, error: yaml.YAMLError) -> Fault:
     return Fault(where, f"is not YAML: {' '.join(str(error).split())}")
+
+
+def _validated(tree: Tree, faults: Sequence[Fault] = ()) -> RunConfig:
+    """Return what a tree declares, or raise its faults behind those already found."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*faults, *_faults_of(error)) from None
+    if faults:
+        raise ConfigError(*faults)
+    return config
 
 
 def _merge(into: Tree, tree: Tree) -> None:
@@ -192,7 +216,7 @@ def _faults_of(error: ValidationError) -> Iterable[Fault]:
     for detail in error.errors(include_url=False):
         where = ".".join(str(part) for part in detail["loc"]) or "configuration"
         if detail["type"] == "extra_forbidden":
-            yield Fault(where, "unknown key", hint=_suggestion(where, known))
+            yield unknown_key(where)
         elif detail["type"] == "value_error":
             yield Fault(where, str(detail["ctx"]["error"]) if "ctx" in detail else detail["msg"])
         else:
@@ -204,8 +228,8 @@ def _faults_of(error: ValidationError) -> Iterable[Fault]:
 
 
 def _field(where: str, known: list[str]) -> str:
-    """Strip what pydantic appends to name the branch of a union."""
-    while where not in known and "." in where:
+    """Strip what pydantic appends to name the branch of a union; keys of a mapping are the user's own."""
+    while not where.startswith("tune.space.") and where not in known and "." in where:
         where = where.rpartition(".")[0]
     return where
 

@@ -10,19 +10,11 @@ import zoneinfo
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dti_ray.config.label import parse_label
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and a key that is not declared is a fault."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from dti_ray.config.section import Fraction, OpenFraction, PositiveInt, Section
+from dti_ray.config.tune import TuneConfig
 
 
 class Window(StrEnum):
@@ -365,6 +357,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

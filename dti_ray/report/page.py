@@ -8,10 +8,10 @@ comes from an artefact is escaped.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from html import escape
 
 from dti_ray.report.artefacts import Artefacts, Meta, read_artefacts
+from dti_ray.report.layout import header, legend, page, plots, section
 from dti_ray.report.log import LogView, log_facts, plot_click_rate, plot_lengths, read_log
 from dti_ray.report.mask import MaskPicture, draw_mask
 from dti_ray.report.plots import (
@@ -23,7 +23,6 @@ from dti_ray.report.plots import (
     plot_waste,
 )
 from dti_ray.report.tables import metrics_table, pairs, tiles
-from dti_ray.report.theme import Plot, style_sheet
 from dti_ray.storage import Storage
 
 
@@ -42,9 +41,9 @@ def write_report(storage: Storage, run: str, mask: MaskPicture | None) -> str:
         InputError: there is no such run, or an artefact cannot be understood.
     """
     artefacts = read_artefacts(storage, run)
-    page = build_page(artefacts, read_log(storage, artefacts.config), mask, storage.root)
+    content = build_page(artefacts, read_log(storage, artefacts.config), mask, storage.root)
     path = f"runs/{run}/report/index.html"
-    storage.write(path, page.encode())
+    storage.write(path, content.encode())
     return storage.display(path)
 
 
@@ -62,15 +61,8 @@ def build_page(artefacts: Artefacts, log: LogView, mask: MaskPicture | None, roo
         _configuration(artefacts),
         _versions(artefacts.meta),
     )
-    title = f"{escape(artefacts.run)} · dti_ray report"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{style_sheet()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n<footer>Every number on this page is read from the artefacts of the run, or computed from them."
-        "</footer>\n</main>\n</body>\n</html>\n"
-    )
+    footer = "Every number on this page is read from the artefacts of the run, or computed from them."
+    return page(f"{artefacts.run} · dti_ray report", sections, footer)
 
 
 def _header(artefacts: Artefacts) -> str:
@@ -81,10 +73,7 @@ def _header(artefacts: Artefacts) -> str:
         machine = ", ".join(meta.gpus) or f"{meta.cpus} CPUs, {meta.cpu}"
         started = meta.started_at[:16].replace("T", " ")
         facts = " · ".join((f"started {started}", machine, commit, f"configuration {meta.config_hash[:10]}"))
-    return (
-        f'<header><p class="kicker">Report of one run</p><h1>{escape(artefacts.run)}</h1>'
-        f'<p class="facts">{escape(facts)}</p></header>'
-    )
+    return header("Report of one run", artefacts.run, facts)
 
 
 def _headline(artefacts: Artefacts, root: str) -> str:
@@ -104,24 +93,24 @@ def _baselines(artefacts: Artefacts, root: str) -> str:
             + metrics_table(part)
             for part in artefacts.evaluations
         )
-    return _section("metrics", "Model and baselines", lead, body)
+    return section("metrics", "Model and baselines", lead, body)
 
 
 def _learning(artefacts: Artefacts, root: str) -> str:
     train, valid = artefacts.train, artefacts.valid
-    plots, notices = [], ""
+    shown, notices = [], ""
     if train is not None:
-        plots.append(plot_loss(train, valid))
+        shown.append(plot_loss(train, valid))
     else:
         what = "writes metrics/train.jsonl"
         notices += _missing("No training log yet.", "train", what, artefacts.run, root)
     if valid is not None:
-        plots.append(plot_validation(valid))
+        shown.append(plot_validation(valid))
     else:
         what = "validates every eval.every_targets targets and writes metrics/valid.jsonl"
         notices += _missing("Not validated yet.", "train", what, artefacts.run, root)
     lead = "How the model came to its result, counted in targets, so that runs with different k can be compared."
-    return _section("learning", "Learning", lead, _plots(plots, notices))
+    return section("learning", "Learning", lead, plots(shown, notices))
 
 
 def _probabilities(artefacts: Artefacts, root: str) -> str:
@@ -131,12 +120,12 @@ def _probabilities(artefacts: Artefacts, root: str) -> str:
         body = _missing("No predictions yet.", "evaluate", what, artefacts.run, root)
         lead = "Whether a predicted probability can be taken at its word, and how clicks stand out."
     else:
-        body = _plots([plot_calibration(predictions), plot_scores(predictions)])
+        body = plots([plot_calibration(predictions), plot_scores(predictions)])
         lead = (
             "Whether a predicted probability can be taken at its word, and how clicks stand out: "
             f"{len(predictions.label):,} predictions of the {predictions.split} split."
         )
-    return _section("probabilities", "Probabilities", lead, body)
+    return section("probabilities", "Probabilities", lead, body)
 
 
 def _speed(artefacts: Artefacts, root: str) -> str:
@@ -145,8 +134,8 @@ def _speed(artefacts: Artefacts, root: str) -> str:
         what = "writes metrics/train.jsonl"
         body = _missing("No training log yet.", "train", what, artefacts.run, root)
     else:
-        body = _plots([plot_speed(artefacts.train), plot_waste(artefacts.train)])
-    return _section("speed", "Speed", lead, body)
+        body = plots([plot_speed(artefacts.train), plot_waste(artefacts.train)])
+    return section("speed", "Speed", lead, body)
 
 
 def _log(log: LogView, root: str) -> str:
@@ -157,8 +146,8 @@ def _log(log: LogView, root: str) -> str:
         body = f'<p class="missing">{escape(log.reason)} <code>{escape(words)}</code> tells of it.</p>'
     else:
         facts = f'<div class="card">{pairs(log_facts(log.stats))}</div>'
-        body = _plots([plot_click_rate(log.stats), plot_lengths(log.stats)]) + facts
-    return _section("log", "The log", lead, body)
+        body = plots([plot_click_rate(log.stats), plot_lengths(log.stats)]) + facts
+    return section("log", "The log", lead, body)
 
 
 def _mask(mask: MaskPicture | None) -> str:
@@ -166,14 +155,14 @@ def _mask(mask: MaskPicture | None) -> str:
     if mask is None:
         body = '<p class="missing">No row was at hand when this page was made, so no mask is drawn. ' \
             "<code>dti-ray report</code> draws one where it finds the prepared data set.</p>"  # fmt: skip
-        return _section("mask", "Who may see whom", lead, body)
+        return section("mask", "Who may see whom", lead, body)
     plot = draw_mask(mask)
     body = (
         f'<figure class="card"><h3>{escape(plot.title)}</h3>'
         f'<div class="mask"><div class="scroll">{plot.svg}</div>'
-        f"<figcaption><p>{escape(plot.caption)}</p>{_legend(plot)}</figcaption></div></figure>"
+        f"<figcaption><p>{escape(plot.caption)}</p>{legend(plot)}</figcaption></div></figure>"
     )
-    return _section("mask", "Who may see whom", lead, body)
+    return section("mask", "Who may see whom", lead, body)
 
 
 def _configuration(artefacts: Artefacts) -> str:
@@ -182,14 +171,14 @@ def _configuration(artefacts: Artefacts) -> str:
     else:
         body = f"<details><summary>config.yaml</summary><pre>{escape(artefacts.config)}</pre></details>"
     lead = "The effective configuration: defaults, files and overrides taken together."
-    return _section("configuration", "Configuration", lead, body)
+    return section("configuration", "Configuration", lead, body)
 
 
 def _versions(meta: Meta | None) -> str:
     lead = "Where the numbers were made."
     if meta is None:
         body = '<p class="missing">This run has no meta.json; <code>dti-ray train</code> writes it.</p>'
-        return _section("versions", "Machine and versions", lead, body)
+        return section("versions", "Machine and versions", lead, body)
     machine = {
         "started": meta.started_at,
         "processor": meta.cpu,
@@ -199,26 +188,7 @@ def _versions(meta: Meta | None) -> str:
         "configuration hash": meta.config_hash,
     }
     body = f'<div class="card">{pairs(machine)}{pairs(meta.versions)}</div>'
-    return _section("versions", "Machine and versions", lead, body)
-
-
-def _section(name: str, title: str, lead: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{title}</h2><p class="lead">{escape(lead)}</p>{body}</section>'
-
-
-def _plots(plots: Sequence[Plot], notices: str = "") -> str:
-    """Lay plots side by side, with notices in the places of those that are missing."""
-    figures = "".join(
-        f'<figure class="card"><h3>{escape(plot.title)}</h3>{_legend(plot)}{plot.svg}'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot in plots
-    )
-    return f'<div class="plots">{figures}{notices}</div>'
-
-
-def _legend(plot: Plot) -> str:
-    entries = (f'<li><i style="background:var(--{colour})"></i>{escape(text)}</li>' for colour, text in plot.legend)
-    return f'<ul class="legend">{"".join(entries)}</ul>'
+    return section("versions", "Machine and versions", lead, body)
 
 
 def _missing(what: str, command: str, does: str, run: str, root: str) -> str:

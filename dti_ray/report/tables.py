@@ -15,9 +15,9 @@ import numpy as np
 
 from dti_ray.metrics import Estimate, Metrics
 from dti_ray.report.artefacts import Evaluation, TrainLog
+from dti_ray.report.layout import DASH, tile
 from dti_ray.report.plots import short_count
 
-DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 THIS_RUN = "this run"
 RANGE_WIDTH, RANGE_HEIGHT = 150, 20
@@ -61,7 +61,7 @@ def tiles(evaluation: Evaluation | None, train: TrainLog | None) -> str:
     """Return the headline numbers."""
     if evaluation is None:
         names = ("Test AUC", "Log loss", "GAUC", "Calibration")
-        quality = [_tile(name, None, "not evaluated yet", wide=name == "Test AUC") for name in names]
+        quality = [tile(name, None, "not evaluated yet", wide=name == "Test AUC") for name in names]
     else:
         quality = _quality_tiles(evaluation)
     return f'<div class="tiles">{"".join([*quality, *_speed_tiles(train)])}</div>'
@@ -109,17 +109,17 @@ def _quality_tiles(evaluation: Evaluation) -> list[str]:
         auc_notes.append(f"{_signed(difference)} against the best baseline, {name} ({number(metrics.auc.value, 4)})")
     left_out = f"per user; {evaluation.model.gauc_users_left_out:,} users with one label only left out"
     return [
-        _tile(f"{evaluation.split.capitalize()} AUC", number(model.auc.value, 4), *auc_notes, wide=True),
-        _tile("Log loss", number(model.log_loss.value, 4), loss_note),
-        _tile("GAUC", number(model.gauc.value, 4), left_out),
-        _tile("Calibration", number(model.calibration.value, 3), "clicks predicted ÷ observed; 1 is right"),
+        tile(f"{evaluation.split.capitalize()} AUC", number(model.auc.value, 4), *auc_notes, wide=True),
+        tile("Log loss", number(model.log_loss.value, 4), loss_note),
+        tile("GAUC", number(model.gauc.value, 4), left_out),
+        tile("Calibration", number(model.calibration.value, 3), "clicks predicted ÷ observed; 1 is right"),
     ]
 
 
 def _speed_tiles(train: TrainLog | None) -> list[str]:
     names = ("Targets per second", "Tokens per target", "Training minutes")
     if train is None:
-        return [_tile(name, None, "no training log yet") for name in names]
+        return [tile(name, None, "no training log yet") for name in names]
     targets, tokens = float(train.targets[-1]), float(train.tokens[-1])
     rate = float(np.median(train.targets_per_s))
     minutes = float(train.seconds[-1]) / 60
@@ -134,14 +134,7 @@ def _speed_tiles(train: TrainLog | None) -> list[str]:
         f"{short_count(tokens, 3)} tokens in training",
         f"for {number(targets, 0)} targets",
     )
-    return [_tile(name, value, note) for name, value, note in zip(names, values, notes, strict=True)]
-
-
-def _tile(label: str, value: str | None, *notes: str, wide: bool = False) -> str:
-    shown = f"<b>{value}</b>" if value is not None else f'<b class="absent">{DASH}</b>'
-    words = "".join(f"<span>{escape(note)}</span>" for note in notes)
-    kind = "tile wide" if wide else "tile"
-    return f'<div class="{kind}"><span class="label">{escape(label)}</span>{shown}{words}</div>'
+    return [tile(name, value, note) for name, value, note in zip(names, values, notes, strict=True)]
 
 
 def _span(interval: Estimate) -> str:

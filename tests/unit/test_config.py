@@ -15,14 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from dti_ray.config import RunConfig, config_hash, differences, dotted_keys, from_yaml, load_config, to_yaml
+from dti_ray.config import (
+    RunConfig,
+    config_hash,
+    differences,
+    dotted_keys,
+    from_yaml,
+    load_config,
+    to_yaml,
+    with_values,
+)
 from dti_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 OTHER_VALUES = (
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
     "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap", ["title"],
-    "skip",
+    "skip", "tpe", "log_loss", "median", [1], {"packing.k": {"choice": [1, 2]}, "optim.lr": {"uniform": [0.1, 0.2]}},
 )  # fmt: skip
 
 
@@ -236,6 +245,23 @@ def test_mapping_of_columns_belongs_to_a_tabular_source_with_a_path(tmp_path: Pa
     assert "catalogue and columns are for source tabular; movielens knows its own files" in fault
 
 
+def test_a_value_set_at_a_dotted_key_keeps_its_type() -> None:
+    base = load_config([], ["packing.n=5"])
+    config = with_values(base, {"packing.k": "all", "lora.rank": 8, "eval.n": None, "prompt.prefix": "1e5"})
+    assert (config.packing.k, config.lora.rank, config.eval.n, config.prompt.prefix) == ("all", 8, None, "1e5")
+    assert config.packing.n == 5
+    assert with_values(base, {}) == base
+    assert base.packing.k == 20
+
+
+def test_values_set_at_dotted_keys_are_checked_like_overrides() -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_values(RunConfig(), {"optim.lr": -1.0, "packing.kk": 2, "reset.mode": "some"})
+    assert sorted(str(fault) for fault in caught.value.faults) == sorted(
+        faults_of("optim.lr=-1.0", "packing.kk=2", "reset.mode=some")
+    )
+
+
 def test_null_of_an_override_is_none() -> None:
     assert load_config([], ["data.time_zone=UTC"]).data.time_zone == "UTC"
     assert load_config([], ["data.time_zone=UTC", "data.time_zone=null"]).data.time_zone is None
@@ -306,7 +332,7 @@ FREE = {
 @pytest.mark.parametrize("key", list(leaves()))
 def test_hash_names_what_is_learnt_and_not_where(key: str) -> None:
     other = changed(ANY, key)
-    is_where = key.startswith(("storage.", "cluster.", "checkpoint.")) or key in FREE
+    is_where = key.startswith(("storage.", "cluster.", "checkpoint.", "tune.")) or key in FREE
     assert (config_hash(other) == config_hash(ANY)) == is_where
     assert [fault.where for fault in differences(ANY, other)] == ([] if is_where else [key])
 

@@ -371,7 +371,7 @@ def test_probe_of_a_root_waits_for_a_moment_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setattr(storage_module, "PROBE_PATIENCE_S", 0.05)
     storage = Storage(UNREACHABLE)
-    with pytest.raises(StorageError, match="cannot be written.* it was tried for 0.05 s"):
+    with pytest.raises(StorageError, match=r"cannot be written.* it was tried for 0\.05 s"):
         storage.check_writable()
     assert storage.retry_after_s == (1, 2, 4, 8, 16)
 
