@@ -6,16 +6,21 @@ Stage: below the jobs that run on Ray. In: the `cluster` section. Out: a connect
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 from dti_ray.config import ClusterConfig
 
 
-def connect(cluster: ClusterConfig) -> None:
+def connect(cluster: ClusterConfig, runs: int = 1) -> None:
     """Join `cluster.address` or RAY_ADDRESS's cluster; otherwise start one here.
 
-    A cluster of our own counts the trainers' CPUs, `data_cpus` for packing, and one to spare: without a spare
-    one Ray cannot replace a dead worker.
+    A cluster of our own counts the trainers' CPUs, `data_cpus` for packing, and one to spare for each run: without a
+    spare one Ray cannot replace a dead worker.
+
+    Args:
+        cluster: what a run asks of Ray.
+        runs: that train at the same time.
     """
     import ray
 
@@ -24,7 +29,7 @@ def connect(cluster: ClusterConfig) -> None:
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    wanted = int(cluster.workers * cluster.cpus_per_worker) + cluster.data_cpus + 1
+    wanted = runs * (math.ceil(cluster.workers * cluster.cpus_per_worker) + cluster.data_cpus + 1)
     ray.init(
         address="local",  # not the one that `ray start` may have left on this machine
         num_cpus=max(os.cpu_count() or 1, wanted),

@@ -108,6 +108,23 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
     return [costs[0], *(_with_tail(cost, costs[0], config.optim.sliding_tail) for cost in costs[1:])]
 
 
+def flops_per_target(config: RunConfig, dataset: Dataset, table: TokenTable) -> float:
+    """Return the FLOPs of training one target, forward and backward.
+
+    Raises:
+        ConfigError: the decoder cannot be loaded, or a row cannot hold a prompt.
+        InputError: the data set has no training targets.
+    """
+    shape, tail = build_shape(config, table), config.optim.sliding_tail
+    flops = 0.0
+    for k, share in ((config.packing.k, 1 - tail), (1, tail)):
+        if share:
+            changed = config.model_copy(update={"packing": _with_k(config.packing, k)})
+            work = _sample(changed, dataset, table, shape)[1]
+            flops += share * count_flops(shape, work).train / work.sums
+    return flops
+
+
 def _with_tail(cost: Cost, sliding: Cost, tail: float) -> Cost:
     """Mix in the last share of the targets, trained as stand-alone prompts."""
     if not tail:

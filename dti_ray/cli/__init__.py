@@ -17,6 +17,7 @@ from dti_ray.cli.bench import bench_app, estimate
 from dti_ray.cli.data import data_app, prepare
 from dti_ray.cli.options import Files, Overrides, Root, load
 from dti_ray.cli.runs import demo, evaluate, export, report, train
+from dti_ray.cli.sweeps import tune
 from dti_ray.config import to_yaml
 from dti_ray.display import console
 from dti_ray.errors import DtiRayError
@@ -26,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
-for command in (demo, prepare, estimate, train, evaluate, report, export):
+for command in (demo, prepare, estimate, train, evaluate, tune, report, export):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dti_ray.cli.data import ensure_dataset
+from dti_ray.cli.data import ensure_known_dataset
 from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
 from dti_ray.config import RunConfig
 from dti_ray.display import Bar, show_bench, show_costs
@@ -146,12 +146,10 @@ def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunCo
     """Return what a bench reads; MovieLens-100K is fetched and prepared if it is not there."""
     config = load(files, overrides, root)
     storage = Storage(config.storage.root)
-    from dti_ray.data.interactions import dataset_folder, open_dataset
-    from dti_ray.data.sources.get import KNOWN
+    from dti_ray.data.interactions import open_dataset
     from dti_ray.train.tokens import tokenizer_and_table
 
-    if config.data.name in KNOWN and storage.read_manifest(dataset_folder(config.data.name)) is None:
-        ensure_dataset(config, files, overrides)
+    if ensure_known_dataset(config, files, overrides):
         _leave_cluster()
     dataset = open_dataset(storage, config.data.name)
     _, table = tokenizer_and_table(config, storage, dataset)

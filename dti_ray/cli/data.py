@@ -68,6 +68,18 @@ def prepare(overrides: Overrides, files: Files, root: Root = None, as_json: AsJs
     end(as_json, result)
 
 
+def ensure_known_dataset(config: RunConfig, files: Files, overrides: Overrides) -> bool:
+    """Fetch and prepare a public log that is not there yet; return whether that was done."""
+    from dti_ray.data.interactions import dataset_folder
+    from dti_ray.data.sources.get import KNOWN
+
+    is_there = Storage(config.storage.root).read_manifest(dataset_folder(config.data.name)) is not None
+    if config.data.name not in KNOWN or is_there:
+        return False
+    ensure_dataset(config, files, overrides)
+    return True
+
+
 def ensure_dataset(config: RunConfig, files: Files, overrides: Overrides) -> None:
     """Fetch and prepare what a demo or a bench needs; what is there already is left as it is."""
     data_get(config.data.name, config.storage.root)

@@ -23,7 +23,7 @@ from dti_ray.train.link import Link
 from dti_ray.train.state import Progress
 from dti_ray.train.watch import Watch
 
-OnLine = Callable[[str, Line], None]
+OnLine = Callable[[str, Line], bool | None]
 OnText = Callable[[str], None]
 
 ASK_S = 0.5
@@ -166,7 +166,7 @@ class WorkerLink(Link):
 class Relay:
     """Hands what is on the board to the driver's callbacks while the block runs, and the rest when it ends.
 
-    SIGTERM to the driver, meanwhile, asks the workers to save and end.
+    SIGTERM to the driver, meanwhile, or `on_line` that returns True, asks the workers to save and end.
     """
 
     def __init__(self, board: ActorProxy[Board], on_line: OnLine, on_text: OnText) -> None:
@@ -193,7 +193,7 @@ class Relay:
             if self.is_terminated.is_set() and not self.is_passed_on:
                 self.is_passed_on = True
                 self.on_text("SIGTERM: saving the state, then the run ends")
-                ray.get(self.board.want_stop.remote())
+                self.board.want_stop.remote()
             self._take()
 
     def _take(self) -> None:
@@ -201,7 +201,8 @@ class Relay:
         for text in texts:
             self.on_text(text)
         for kind, line in lines:
-            self.on_line(kind, line)
+            if self.on_line(kind, line):
+                self.board.want_stop.remote()
 
 
 class _ListeningBackend(TorchConfig().backend_cls):

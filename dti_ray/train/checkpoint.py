@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,19 @@ def complete(storage: Storage, path: str, files: Sequence[FileEntry], state: Tra
     """Write the manifest, once all shares are written."""
     storage.write_manifest(path, files, asdict(state))
     return Checkpoint(path, tuple(files), state)
+
+
+def adopt(storage: Storage, checkpoint: Checkpoint, run_folder: str, config_hash: str) -> Checkpoint:
+    """Copy a run's state to another run, which goes on from it under its own configuration.
+
+    Raises:
+        DamagedError: a file is missing, or its hash differs.
+    """
+    path = folder_of(run_folder, checkpoint.progress.step, "adopted")
+    with tempfile.TemporaryDirectory(prefix="dti-ray-state-") as folder:
+        storage.download(checkpoint.path, checkpoint.files, Path(folder))
+        files = storage.upload(Path(folder), path)
+    return complete(storage, path, files, replace(checkpoint.state, config_hash=config_hash))
 
 
 def survey(storage: Storage, run_folder: str) -> tuple[list[Checkpoint], list[Refused]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What runs on one data set share: opened and verified once, tokenised once."""
+
+    dataset: Dataset
+    table: TokenTable
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Launch:
     """A run that has passed every check."""
 
@@ -73,29 +83,58 @@ class Launch:
         return TrainingRows(self.dataset, self.table, self.config, through_ray=True).total_targets
 
 
-def check_launch(config: RunConfig) -> Launch:
+def check_launch(config: RunConfig, inputs: Inputs | None = None) -> Launch:
     """Check all that can be checked without a worker.
+
+    Args:
+        config: of the run.
+        inputs: of a run with the same data, prompt and tokenizer; None opens them here.
 
     Raises:
         ConfigError: tokenizer, template or capacity do not fit.
         InputError: the data set is not prepared, has no training targets, or the run's name is taken.
         StorageError: the root cannot be reached or written.
     """
-    model = config.model.model_copy(update={"name_or_path": absolute_name(config.model.name_or_path)})
-    config = config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root)), "model": model})
+    config = anywhere(config)
     storage = Storage(config.storage.root)
     storage.check_writable()
     check_same_run(config, storage)
+    inputs = inputs or open_inputs(config, storage)
+    check_fits(config, inputs)
+    return Launch(config, storage, inputs.dataset, inputs.table, inputs.tokenizer)
+
+
+def anywhere(config: RunConfig) -> RunConfig:
+    """Return a configuration that means the same in a process with another working directory."""
+    model = config.model.model_copy(update={"name_or_path": absolute_name(config.model.name_or_path)})
+    return config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root)), "model": model})
+
+
+def open_inputs(config: RunConfig, storage: Storage) -> Inputs:
+    """Open and verify the data set, and tokenise its catalogue.
+
+    Raises:
+        ConfigError: tokenizer or template do not fit.
+        InputError: the data set is not prepared, or has no training or validation targets.
+    """
     dataset = open_dataset(storage, config.data.name)
     verify_dataset(dataset)
     for split, number in (("train", TRAIN), ("valid", VALID)):
         if dataset.targets[number] == 0:
             raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
     tokenizer, table = tokenizer_and_table(config, storage, dataset)
-    check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), table)
-    check_capacity(sliding_spec(config, "valid"), table, where="eval.row_tokens")
-    _check_model(config, table)
-    return Launch(config, storage, dataset, table, tokenizer)
+    return Inputs(dataset, table, tokenizer)
+
+
+def check_fits(config: RunConfig, inputs: Inputs) -> None:
+    """Refuse rows that cannot hold a prompt, and a model that cannot be built or trained where it shall run.
+
+    Raises:
+        ConfigError: with what does not fit.
+    """
+    check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), inputs.table)
+    check_capacity(sliding_spec(config, "valid"), inputs.table, where="eval.row_tokens")
+    _check_model(config, inputs.table)
 
 
 def _check_model(config: RunConfig, table: TokenTable) -> None:
@@ -113,17 +152,20 @@ def _check_model(config: RunConfig, table: TokenTable) -> None:
         raise ConfigError(*faults)
 
 
-def launch(job: Launch, on_line: OnLine, on_text: OnText = log.info) -> Progress:
+def launch(
+    job: Launch, on_line: OnLine, on_text: OnText = log.info, table: ray.ObjectRef[TokenTable] | None = None
+) -> Progress:
     """Run the training and return where it ended.
 
     Args:
         job: from `check_launch`; Ray must be running. A run that is finished is not trained again.
-        on_line: called in this process with each line of metrics, as (kind, line).
+        on_line: called in this process with each line of metrics, as (kind, line); True ends the run, its state saved.
         on_text: called with what there is to say besides: what was restored, refused, left out.
+        table: the job's token table, where it lies in the object store already.
 
     Raises:
         RunError: workers failed more often than `train.max_failures`; what was saved is kept.
-        StoppedError: SIGTERM ended the run; its state is kept.
+        StoppedError: SIGTERM or `on_line` ended the run; its state is kept.
     """
     if (progress := finished(job)) is not None:
         return progress
@@ -132,7 +174,7 @@ def launch(job: Launch, on_line: OnLine, on_text: OnText = log.info) -> Progress
     lost: Exception | None = None
     with Relay(board, on_line, on_text):
         try:
-            _trainer(job, WorkerParts(job.config, ray.put(job.table), board)).fit()
+            _trainer(job, WorkerParts(job.config, table or ray.put(job.table), board)).fit()
         except ray.train.TrainingFailedError as error:
             lost = error
     failures = ray.get(board.all_failures.remote())
@@ -202,6 +244,8 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
     if is_over:
         return
     link = WorkerLink(parts.board, world.rank, attempt, cluster.collective_timeout_s)
+    nodes = world.gather(f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}")
+    link.say(f"attempt {attempt}: {world.size} workers on {', '.join(dict.fromkeys(nodes))}")
     try:
         _train(parts, world, link)
     except RunError as error:  # known to all ranks alike: nobody waits for this one, and another try would not help

@@ -1,0 +1,1 @@
+"""A sweep: what is searched, what was found, and every event of it in one ledger."""
