@@ -97,7 +97,12 @@ class TuneConfig(Section):
         default="random", description="how configurations are chosen; tpe: Optuna's, needs the extra `search`"
     )
     trials: PositiveInt = Field(
-        default=8, description="configurations, each trained with every seed (count); grid: all combinations instead"
+        default=8,
+        description="configurations, `first` included, each trained with every seed (count); grid: all combinations",
+    )
+    first: tuple[dict[str, Value], ...] = Field(
+        default=({},),
+        description="configurations tried before all others, such as today's: searched keys; {} is the base itself",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(default=0, description="seed of the search")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
@@ -141,6 +146,9 @@ class TuneConfig(Section):
         endless = [key for key, kind in kinds.items() if kind in ("uniform", "loguniform", "randint")]
         if self.search == "grid" and endless:
             raise ValueError(f"search: grid needs choice or grid for every key, not {kinds[endless[0]]} ({endless[0]})")
+        for key in dict.fromkeys(key for configuration in self.first for key in configuration):
+            if key not in self.space:
+                raise ValueError(f"first: {key} is not searched; put it into tune.space, or change the base")
         if self.scheduler == "pbt" and "optim.lr" not in self.space:
             raise ValueError("scheduler: pbt changes the learning rate; put optim.lr into tune.space")
         if len(set(self.seeds)) != len(self.seeds):

@@ -21,7 +21,7 @@ from dti_ray.train.state import Progress
 from dti_ray.tune.decide import Decision, decide
 from dti_ray.tune.ledger import Event, Ledger, RunState, Status, SweepState, Trial, run_name
 from dti_ray.tune.retention import states_gb, to_delete
-from dti_ray.tune.search import ask, plan_ahead
+from dti_ray.tune.search import ask, plan_ahead, plan_first
 
 
 class Turn(StrEnum):
@@ -60,7 +60,9 @@ class Keeper:
         self.ledger = Ledger(self.storage, self.tune.sweep)
         self.state, self.texts = self.ledger.state(), list[str]()
         self._add({"event": "session", "base": config_hash(base)})
-        self._plan([*self.state.trials.values(), *plan_ahead(self.tune, list(self.state.trials.values()))])
+        known = list(self.state.trials.values())
+        known += plan_first(base, known)
+        self._plan([*known, *plan_ahead(self.tune, known)])
 
     @ray.method
     def next(self) -> str:

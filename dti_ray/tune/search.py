@@ -19,11 +19,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from dti_ray.config import Dimension, TuneConfig, Value
+from dti_ray.config import Dimension, RunConfig, TuneConfig, Value
 from dti_ray.data.plan import derive_seed
 from dti_ray.errors import ConfigError, Fault
 from dti_ray.tune.ledger import RunState, Status, SweepState, Trial
-from dti_ray.tune.space import LR, Params, combinations, count, ends, grid_part, holds, identity, rounded, sample
+from dti_ray.tune.space import (
+    LR,
+    Params,
+    combinations,
+    count,
+    ends,
+    grid_part,
+    holds,
+    identity,
+    rounded,
+    sample,
+    values_of,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -31,6 +43,20 @@ if TYPE_CHECKING:
 
 TRIES = 20  # that tpe has to propose what is not known yet, before a random configuration is taken
 STARTUP = (3, 10)  # random configurations before tpe has an opinion: a quarter of all, within these
+
+
+def plan_first(base: RunConfig, known: Sequence[Trial]) -> list[Trial]:
+    """Return the configurations of `tune.first` that are still to be planned; a key that one leaves out is the base's.
+
+    A grid search has none: its combinations are all that is asked for.
+    """
+    if base.tune.search == "grid":
+        return []
+    own = values_of(base, base.tune.space)
+    wanted = {identity(params): params for params in ({**own, **first} for first in base.tune.first)}
+    seen = {identity(trial.params) for trial in known}
+    new = [params for name, params in wanted.items() if name not in seen]
+    return [Trial(number, params) for number, params in enumerate(new, _next_number(known))]
 
 
 def plan_ahead(tune: TuneConfig, known: Sequence[Trial]) -> list[Trial]:

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
@@ -78,6 +79,12 @@ def configured(base: RunConfig, params: Params) -> RunConfig:
         ConfigError: a key is unknown, or a value is not allowed.
     """
     return with_values(base, params)
+
+
+def values_of(base: RunConfig, keys: Iterable[str]) -> dict[str, Value]:
+    """Return what some dotted keys are in a configuration."""
+    tree = base.model_dump(mode="json")
+    return {key: reduce(lambda section, name: section[name], key.split("."), tree) for key in keys}
 
 
 def ends(dimension: Dimension) -> tuple[Value, ...]:

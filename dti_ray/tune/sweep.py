@@ -34,7 +34,7 @@ from dti_ray.tune.keeper import Keeper, Turn, config_of
 from dti_ray.tune.ledger import Ledger, RunState, SweepState, count_reruns
 from dti_ray.tune.results import TrialResult, best, results, table
 from dti_ray.tune.retention import states_gb
-from dti_ray.tune.search import check_plan, plan_ahead
+from dti_ray.tune.search import check_plan, plan_ahead, plan_first
 from dti_ray.tune.space import check_space, check_together, corners
 from dti_ray.tune.trial import TrialParts, run_trial, shares_inputs
 
@@ -95,7 +95,8 @@ def check_sweep(config: RunConfig) -> Sweep:
     config = anywhere(config)
     check_plan(config.tune)
     check_space(config, config.tune.space)
-    check_together(config, [trial.params for trial in plan_ahead(config.tune, [])])
+    first = plan_first(config, [])
+    check_together(config, [trial.params for trial in [*first, *plan_ahead(config.tune, first)]])
     storage = Storage(config.storage.root)
     storage.check_writable()
     _check_same_base(config, storage)

@@ -31,7 +31,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 OTHER_VALUES = (
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
     "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap", ["title"],
-    "skip", "tpe", "log_loss", "median", [1], {"packing.k": {"choice": [1, 2]}, "optim.lr": {"uniform": [0.1, 0.2]}},
+    "skip", "tpe", "log_loss", "median", [1], [{"packing.k": 5}],
+    {"packing.k": {"choice": [1, 2]}, "optim.lr": {"uniform": [0.1, 0.2]}},
 )  # fmt: skip
 
 

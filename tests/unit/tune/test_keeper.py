@@ -41,6 +41,19 @@ def test_runs_are_given_out_in_order_until_none_is_left(tmp_path: Path) -> None:
     assert keeper.next() == Turn.END
 
 
+def test_base_configuration_is_the_first_trial_unless_others_are_named(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "a")
+    assert Keeper(base, TOTAL).state.trials[0].params == {"packing.k": base.packing.k, "optim.lr": base.optim.lr}
+    named = base_of(tmp_path / "b", first=[{"packing.k": 5}, {"optim.lr": 2e-3}], trials=3)
+    trials = Keeper(named, TOTAL).state.trials
+    assert [trials[number].params for number in (0, 1)] == [
+        {"packing.k": 5, "optim.lr": base.optim.lr}, {"packing.k": base.packing.k, "optim.lr": 2e-3},
+    ]  # fmt: skip
+    assert len(trials) == 3, "they count among the trials"
+    assert list(Keeper(named, TOTAL).state.trials) == list(trials)
+    assert len(Keeper(base_of(tmp_path / "c", first=[]), TOTAL).state.trials) == 2
+
+
 def test_run_is_the_base_with_its_parameters_its_name_and_its_seed(tmp_path: Path) -> None:
     base = base_of(tmp_path, seeds=[3, 4], max_gb=8)
     keeper = Keeper(base, TOTAL)
