@@ -369,29 +369,6 @@ def test_rows_end_to_end_are_one_row_with_the_same_prompts() -> None:
     assert end_to_end(rows[:1]) is rows[0]
 
 
-def test_time_gap_counts_from_the_last_earlier_second_of_the_whole_history() -> None:
-    day, week = 86_400, 7 * 86_400
-    table = replace(
-        make_table(prefix=0), gap_tokens=np.arange(100, 100 + len(GAPS), dtype=np.int32),
-        gap_offsets=np.concatenate([[0], np.arange(len(GAPS) + 1)]),
-    )  # fmt: skip
-    names = {100 + i: phrase for i, (_, phrase) in enumerate(GAPS)}
-    times = np.array([0, 0, 59, 59, 59 + day, 59 + day, 59 + day + 3 * week])
-    splits = np.array([TRAIN] * 4 + [VALID] * 3, np.int8)
-    sequences = replace(make_sequences([7]), times=times, splits=splits)
-    for strictly_earlier in (False, True):
-        spec = PackSpec(k=2, n=7, strictly_earlier=strictly_earlier, min_context=0, row_tokens=ROOMY, split=VALID)
-        said: dict[int, set[str]] = {}
-        for prompt in prompts_of(list(pack(sequences, table, spec))):
-            for i in set(prompt.interactions):
-                first = prompt.tokens[prompt.interactions.index(i)]
-                said.setdefault(i, set()).add(names.get(first, ""))
-        moments, later, weeks = "moments later:", "1 day later:", "2 weeks later:"
-        expected = ["", "", moments, moments, later, later, weeks]
-        assert said == {i: {phrase} for i, phrase in enumerate(expected) if i in said}
-        assert {4, 5, 6} <= said.keys()
-
-
 def test_cold_users_are_targets_unless_they_are_left_out() -> None:
     sequences, table = make_sequences([1, 1, 2, 5]), make_table(gaps=True)
     for k in (1, 3, None):
