@@ -9,6 +9,9 @@ import logging
 import math
 import os
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from dti_ray.config import ClusterConfig
 
 
@@ -22,8 +25,6 @@ def connect(cluster: ClusterConfig, runs: int = 1) -> None:
         cluster: what a run asks of Ray.
         runs: that train at the same time.
     """
-    import ray
-
     if ray.is_initialized():
         return
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:
@@ -38,3 +39,8 @@ def connect(cluster: ClusterConfig, runs: int = 1) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Place an actor where this process runs: a node of its own could die before this process does."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

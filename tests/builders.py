@@ -26,6 +26,7 @@ from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
 from dti_ray.data.prompts import GAPS, TokenTable
 from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import collate
+from dti_ray.report import MaskPicture
 from dti_ray.storage import Storage
 
 VOCABULARY = 60
@@ -133,3 +134,21 @@ def damage(dataset: Dataset) -> None:
     middle = len(content) // 2
     content[middle : middle + 200] = bytes(200)
     path.write_bytes(content)
+
+
+def streaming_mask(context: int, targets: int, words: int = 2, prefix: int = 2, prompts: int = 1) -> MaskPicture:
+    """Make the anchored mask: causal within a prompt, and [SUM] hidden from all others."""
+    kind, label, prompt = [], [], []
+    for number in range(prompts):
+        one = ["prefix"] * prefix
+        names = ["user", ":"][:prefix]
+        for item in range(context + targets):
+            text = "context" if item < context else "target"
+            one += [text] * words + (["sum"] if text == "target" else []) + ["feedback"]
+            names += [f"Film{item}", "(1995)", "noir", "x"][:words] + (["[SUM]"] if text == "target" else [])
+            names += ["<yes>" if item % 3 else "<no>"]
+        kind, label, prompt = kind + one, label + names, prompt + [number] * len(one)
+    visible = np.tri(len(kind), dtype=bool) & (np.array(prompt)[:, None] == np.array(prompt))
+    hidden = np.array([name == "sum" for name in kind])
+    visible &= ~hidden[None, :] | np.eye(len(kind), dtype=bool)
+    return MaskPicture(visible, kind, label, "One row: a streaming prompt with four context interactions")

@@ -16,11 +16,13 @@ from dti_ray.cli.data import ensure_known_dataset
 from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
 from dti_ray.config import RunConfig, Value
 from dti_ray.display import console
+from dti_ray.errors import Fault, RunError
 
 if TYPE_CHECKING:  # a wrong option must not wait for torch
+    from dti_ray.tune.checks import Sweep
     from dti_ray.tune.ledger import RunState, SweepState
     from dti_ray.tune.results import SeedMean, TrialResult
-    from dti_ray.tune.sweep import Finished, Sweep
+    from dti_ray.tune.sweep import Finished
 
 MOST_ROWS = 24  # of the live table
 
@@ -29,7 +31,8 @@ def tune(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson 
     """Search over k, learning rate, debias strength or any other key; run again to go on where it stopped."""
     config = load(files, overrides, root)
     from dti_ray.cluster import connect
-    from dti_ray.tune.sweep import check_sweep, run_sweep
+    from dti_ray.tune.checks import check_sweep
+    from dti_ray.tune.sweep import run_sweep
 
     ensure_known_dataset(config, files, overrides)
     sweep = check_sweep(config)
@@ -40,6 +43,8 @@ def tune(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson 
     show_results(finished.results, config)
     page = write_page(sweep, finished)
     end(as_json, summary(finished, page))
+    if finished.best is None:
+        raise RunError(Fault(f"sweep {config.tune.sweep}", "no trial saw all its targets", hint=f"see {page}"))
 
 
 def tell_start(sweep: Sweep) -> None:
@@ -127,9 +132,6 @@ def write_page(sweep: Sweep, finished: Finished) -> str:
         "protocol": f"sliding inference on the validation split, {config.eval_n} interactions of context",
         "targets of a run": f"{sweep.total_targets:,}",
         "targets of an optimizer step": f"{config.optim.targets_per_step:,}",
-        "search": f"{config.tune.search}, seed {config.tune.seed}",
-        "scheduler": config.tune.scheduler,
-        "seeds": ", ".join(map(str, config.tune.seeds)),
     }
     path = f"{sweep.folder}/best.yaml"
     best = sweep.storage.read(path).decode() if finished.best is not None else None
@@ -156,7 +158,8 @@ def summary(finished: Finished, page: str) -> dict[str, object]:
         "failed": statuses.count(Status.FAILED),
         "rerun": finished.reruns,
         "best": None if best is None else {
-            "trial": best.number, "params": dict(best.params), "runs": list(best.runs),
+            "trial": best.number, "params": dict(best.params),
+            "runs": [finished.state.runs[name].folder for name in best.runs],
             "auc": best.auc.mean if best.auc else None, "log_loss": best.log_loss.mean if best.log_loss else None,
         },
         "best_config": finished.best_config,

@@ -86,7 +86,7 @@ class TuneConfig(Section):
 
     sweep: str = Field(
         default="sweep",
-        pattern=r"^[A-Za-z0-9._-]+$",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$",
         max_length=60,
         description="name of the sweep below <root>/sweeps",
     )
@@ -102,7 +102,7 @@ class TuneConfig(Section):
     )
     first: tuple[dict[str, Value], ...] = Field(
         default=({},),
-        description="configurations tried before all others, such as today's: searched keys; {} is the base itself",
+        description="what random and tpe try before all else, such as today's values; {} is the base itself",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(default=0, description="seed of the search")
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(

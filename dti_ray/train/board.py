@@ -172,6 +172,7 @@ class Relay:
     def __init__(self, board: ActorProxy[Board], on_line: OnLine, on_text: OnText) -> None:
         self.board, self.on_line, self.on_text = board, on_line, on_text
         self.ended, self.is_terminated, self.is_passed_on = threading.Event(), threading.Event(), False
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.is_main = threading.current_thread() is threading.main_thread()
 
@@ -184,9 +185,11 @@ class Relay:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        self._take()
         if self.is_main:
             signal.signal(signal.SIGTERM, self.before)
+        if self.error is not None:
+            raise self.error
+        self._take()
 
     def _run(self) -> None:
         while not self.ended.wait(ASK_S):
@@ -194,7 +197,12 @@ class Relay:
                 self.is_passed_on = True
                 self.on_text("SIGTERM: saving the state, then the run ends")
                 self.board.want_stop.remote()
-            self._take()
+            try:
+                self._take()
+            except Exception as error:  # noqa: BLE001 - raised where the block ends; the run must not go on unheard
+                self.error = error
+                self.board.want_stop.remote()
+                return
 
     def _take(self) -> None:
         texts, lines = ray.get(self.board.take.remote())

@@ -23,6 +23,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device
 from transformers import PreTrainedTokenizerBase
 
+from dti_ray.cluster import this_node
 from dti_ray.config import RunConfig, StorageConfig
 from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, verify_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
@@ -170,7 +171,7 @@ def launch(
     if (progress := finished(job)) is not None:
         return progress
     write_identity(job.config, job.storage, job.tokenizer)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=this_node()).remote()
     lost: Exception | None = None
     with Relay(board, on_line, on_text):
         try:

@@ -11,37 +11,18 @@ with short ones are compared after the same training; a run that has seen all it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Literal
 
 import numpy as np
 
 from dti_ray.config import Dimension, TuneConfig
 from dti_ray.data.plan import derive_seed
-from dti_ray.tune.ledger import Report, RunState, SweepState
+from dti_ray.tune.ledger import Decision, Report, RunState, Status, SweepState
 from dti_ray.tune.space import LR, ends, identity, rounded
 
 OTHERS_AT_LEAST = 3  # the median of fewer runs says little
 FACTORS = (0.8, 1.25)  # by which pbt changes a learning rate
 QUARTER = 4  # pbt: the best and the worst of so many
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a run.
-
-    Attributes:
-        kind: what is done with it.
-        reason: a sentence with the numbers that were compared; empty where nothing was.
-        source: name of the run whose state it takes over; for `change` only.
-        lr: its peak learning rate from now on; for `change` only.
-    """
-
-    kind: Literal["go on", "stop", "change"]
-    reason: str = ""
-    source: str | None = None
-    lr: float | None = None
 
 
 def decide(tune: TuneConfig, state: SweepState, run: RunState, total_targets: int, every_targets: int) -> Decision:
@@ -57,6 +38,8 @@ def decide(tune: TuneConfig, state: SweepState, run: RunState, total_targets: in
     newest = run.reports[-1]
     if newest.targets >= total_targets:
         return Decision("go on", "all targets are seen")
+    if tune.scheduler in ("asha", "median") and run.seed != tune.seeds[0]:
+        return follow(tune, state, run)
     grace = tune.grace_targets or every_targets
     if tune.scheduler == "asha":
         reached = [rung for rung in rungs(grace, total_targets, tune.reduction) if _is_at(run, rung)]
@@ -68,6 +51,13 @@ def decide(tune: TuneConfig, state: SweepState, run: RunState, total_targets: in
         milestone = newest.targets // every * every
         return _pbt(tune, state, run, milestone) if milestone and _is_at(run, milestone) else Decision("go on")
     return Decision("go on")
+
+
+def follow(tune: TuneConfig, state: SweepState, run: RunState) -> Decision:
+    """Return what becomes of a repeat: the first seed's run is judged, the others share its fate."""
+    first = next((one for one in state.of_trial(run.trial) if one.seed == tune.seeds[0]), run)
+    is_stopped = first.status is Status.STOPPED or (first.verdict is not None and first.verdict.kind == "stop")
+    return Decision("stop", f"{first.name} was stopped") if is_stopped else Decision("go on")
 
 
 def rungs(grace: int, total: int, factor: int) -> list[int]:
@@ -87,7 +77,7 @@ def _asha(tune: TuneConfig, state: SweepState, run: RunState, reached: list[int]
     """
     reasons: list[str] = []
     for rung in reached:
-        values = [value for other in state.runs.values() if (value := _value_at(tune, other, rung)) is not None]
+        values = [value for other in _judged(tune, state) if (value := _value_at(tune, other, rung)) is not None]
         mine = _value_at(tune, run, rung)
         assert mine is not None
         place, passing = 1 + sum(value > mine for value in values), math.ceil(len(values) / tune.reduction)
@@ -104,7 +94,7 @@ def _median(tune: TuneConfig, state: SweepState, run: RunState, milestone: int) 
     deviation: runs that are not over yet count as well.
     """
     averages: list[float] = []
-    for other in state.runs.values():
+    for other in _judged(tune, state):
         until = _up_to(other, milestone)
         if other.name != run.name and until is not None:
             averages.append(fmean(_worth(tune, report) for report in until))
@@ -148,6 +138,11 @@ def _pbt(tune: TuneConfig, state: SweepState, run: RunState, milestone: int) -> 
     lr = _near(tune.space[LR], _lr(state, state.runs[source]) * FACTORS[generator.integers(len(FACTORS))])
     change = f"takes over {source} ({_shown(tune, population[source])}) with lr {lr:g}"
     return Decision("change", f"{reason}; {change}", source, lr)
+
+
+def _judged(tune: TuneConfig, state: SweepState) -> list[RunState]:
+    """Return the runs that compete: of each trial that with the first seed."""
+    return [run for run in state.runs.values() if run.seed == tune.seeds[0]]
 
 
 def _worth(tune: TuneConfig, report: Report) -> float:

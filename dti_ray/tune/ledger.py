@@ -8,16 +8,16 @@ that cannot be read is named and passed over.
     {"event": "trial", "trial": 3, "params": {"packing.k": 20}, "runs": {"sweep-0003-s0": 0}}
     {"event": "start", "run": "sweep-0003-s0"}
     {"event": "report", "run": "sweep-0003-s0", "targets": 20000, "auc": 0.71, "log_loss": 0.61, "seconds": 31.0}
-    {"event": "done", "run": "sweep-0003-s0", "targets": 80000, "seconds": 120.0, "status": "done"}
+    {"event": "done", "run": "sweep-0003-s0", "targets": 80000, "seconds": 120.0, "status": "done", "reason": ""}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from dti_ray.config import Value
 from dti_ray.errors import Fault, InputError
@@ -25,6 +25,19 @@ from dti_ray.storage import Storage
 
 Event = dict[str, Any]
 LEDGER = "ledger.jsonl"
+NUMBER, TEXT = (int, float), (str,)
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "session": {},
+    "trial": {"trial": (int,), "params": (dict,), "runs": (dict,)},
+    "start": {"run": TEXT},
+    "cost": {"run": TEXT, "flops_per_target": NUMBER},
+    "report": {"run": TEXT, "targets": NUMBER, "auc": NUMBER, "log_loss": NUMBER, "seconds": NUMBER},
+    "decision": {"run": TEXT, "kind": TEXT, "reason": TEXT},
+    "change": {"run": TEXT, "targets": NUMBER, "source": TEXT, "lr": NUMBER},
+    "lost": {"run": TEXT},
+    "fail": {"run": TEXT, "reason": TEXT, "is_final": (bool,)},
+    "done": {"run": TEXT, "targets": NUMBER, "seconds": NUMBER, "status": TEXT, "reason": TEXT},
+}
 
 
 class Status(StrEnum):
@@ -70,8 +83,29 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What becomes of a run after a validation.
+
+    Attributes:
+        kind: what is done with it.
+        reason: a sentence with the numbers that were compared; empty where nothing was.
+        source: name of the run whose state it takes over; for `change` only.
+        lr: its peak learning rate from now on; for `change` only.
+    """
+
+    kind: Literal["go on", "stop", "change"]
+    reason: str = ""
+    source: str | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
 class Change:
-    """A learning rate that pbt changed in a run, with the state of another run taken over."""
+    """A learning rate that pbt changed in a run, with the state of another run taken over.
+
+    Attributes:
+        source: folder of the other run, below `<root>/runs`.
+    """
 
     targets: int
     source: str
@@ -89,6 +123,7 @@ class RunState:
         flops_per_target: of training, forward and backward; None until it has started.
         failures: one line each, oldest first.
         changes: of its learning rate, oldest first.
+        verdict: a decision that it has not carried out yet.
         reason: why it was stopped or failed; empty otherwise.
         starts: times that it was started.
     """
@@ -104,6 +139,7 @@ class RunState:
     targets: int = 0
     seconds: float = 0.0
     flops_per_target: float | None = None
+    verdict: Decision | None = None
     reason: str = ""
 
     @property
@@ -170,22 +206,25 @@ def _after(run: RunState, event: Event) -> RunState:
     kind = event["event"]
     if kind == "start":
         return replace(run, status=Status.RUNNING, starts=run.starts + 1)
+    if kind == "lost":
+        return _idle(run)
     if kind == "cost":
         return replace(run, flops_per_target=event["flops_per_target"])
     if kind == "report":
         report = Report(event["targets"], event["auc"], event["log_loss"], event["seconds"])
-        earlier = tuple(one for one in run.reports if one.targets < report.targets)  # it went on from a state before
-        return replace(run, reports=(*earlier, report), targets=report.targets, seconds=report.seconds)
+        return replace(run, reports=(*run.reports, report), targets=report.targets, seconds=report.seconds)
+    if kind == "decision":
+        return replace(run, verdict=Decision(event["kind"], event["reason"], event["source"], event["lr"]))
     if kind == "change":
         change = Change(event["targets"], event["source"], event["lr"])
-        return replace(run, status=Status.WAITING, changes=(*run.changes, change))
+        return replace(run, status=Status.WAITING, changes=(*run.changes, change), verdict=None)
     if kind == "fail":
         status = Status.FAILED if event["is_final"] else Status.WAITING
         return replace(run, status=status, failures=(*run.failures, event["reason"]), reason=event["reason"])
     if kind == "done":
         return replace(
             run, status=Status(event["status"]), targets=event["targets"], seconds=event["seconds"],
-            reason=event.get("reason", ""),
+            reason=event["reason"], verdict=None,
         )  # fmt: skip
     return run
 
@@ -255,21 +294,22 @@ def read_events(lines: Sequence[str]) -> tuple[list[Event], list[Damage]]:
     planned: set[str] = set()
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
-            if event["event"] == "trial":
-                planned.update(event["runs"])
-            elif "run" in event and event["run"] not in planned:
-                raise ValueError(f"no line above plans the run {event['run']!r}")
-            fold([*_plan_of(event), event])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            event = _checked(json.loads(line), planned)
+        except (ValueError, KeyError, TypeError) as error:
             damage.append(Damage(number, f"{type(error).__name__}: {error}"))
         else:
             events.append(event)
+            planned.update(event.get("runs", ()))
     return events, damage
 
 
-def _plan_of(event: Event) -> list[Event]:
-    """Return the line that an event of a run needs before it, to be tried alone."""
-    if "run" not in event:
-        return []
-    return [{"event": "trial", "trial": 0, "params": {}, "runs": {event["run"]: 0}}]
+def _checked(event: Event, planned: Set[str]) -> Event:
+    """Return an event whose fields are there and of their type."""
+    for name, types in FIELDS[event["event"]].items():
+        if not isinstance(event[name], types):
+            raise TypeError(f"{name} is {event[name]!r}")
+    if event["event"] == "done":
+        Status(event["status"])
+    if "run" in event and event["run"] not in planned:
+        raise ValueError(f"no line above plans the run {event['run']!r}")
+    return event

@@ -15,6 +15,7 @@ from dti_ray.config import TuneConfig
 from dti_ray.tune.ledger import SweepState
 from dti_ray.tune.results import ranked, results
 
+GENERATION = re.compile(r"-g\d+$")  # of a run that took over another one's state
 UNFINISHED_STATES = 2  # parts of a run's share: one holds what is kept, one the state that is being written
 
 
@@ -28,20 +29,25 @@ def to_delete(state: SweepState, tune: TuneConfig, folders: Sequence[str]) -> li
     """
     runs = state.runs.values()
     if tune.scheduler == "pbt" and not all(run.status.is_final for run in runs):
-        return []  # any run may still be taken over
-    best = {trial.number for trial in ranked(results(state, tune.metric), tune.metric)[: tune.keep_best]}
-    ended = {number for number in state.trials if all(run.status.is_final for run in state.of_trial(number))}
-    stay = {run.folder for run in runs if run.trial not in ended or run.trial in best}
-    of_sweep = re.compile(rf"{re.escape(tune.sweep)}-\d{{4,}}-s\d+(-g\d+)?")
-    return [folder for folder in folders if of_sweep.fullmatch(folder) and folder not in stay]
+        # Any run may still be taken over; what a run has left behind is wanted until its follower has started.
+        stay = {run.folder for run in runs} | {change.source for run in runs for change in run.changes[-1:]}
+    else:
+        best = {trial.number for trial in ranked(results(state, tune.metric), tune.metric)[: tune.keep_best]}
+        ended = {number for number in state.trials if all(run.status.is_final for run in state.of_trial(number))}
+        stay = {run.folder for run in runs if run.trial not in ended or run.trial in best}
+    return [folder for folder in folders if GENERATION.sub("", folder) in state.runs and folder not in stay]
 
 
-def states_gb(tune: TuneConfig) -> float:
+def states_gb(tune: TuneConfig, trials: int) -> float:
     """Return what the kept states of one run may take of a sweep's budget (GB).
 
     Runs that may lie there at once: those of the best trials and of the trials at work. Half of a run's share is
     left for the state that is being written.
+
+    Args:
+        tune: of the sweep.
+        trials: known ones; a population keeps all their states until its end, and those that are being left.
     """
     assert tune.max_gb is not None, "asked only where there is a budget"
-    trials = tune.trials if tune.scheduler == "pbt" else tune.keep_best + tune.max_concurrent
-    return tune.max_gb / (trials * len(tune.seeds)) / UNFINISHED_STATES
+    at_once = 2 * trials if tune.scheduler == "pbt" else tune.keep_best + tune.max_concurrent
+    return tune.max_gb / (at_once * len(tune.seeds)) / UNFINISHED_STATES

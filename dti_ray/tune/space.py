@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,8 @@ def holds(space: Space, params: Params) -> bool:
 
 
 def identity(params: Params) -> str:
-    """Return what two configurations share only if they are the same; 1, 1.0 and true are three values."""
-    return json.dumps(dict(params), sort_keys=True)
+    """Return what two configurations share only if they are the same; 1 and 1.0 are one value, true is another."""
+    return json.dumps({key: _plain(value) for key, value in params.items()}, sort_keys=True)
 
 
 def rounded(value: float, low: float, high: float) -> float:
@@ -72,18 +73,9 @@ def rounded(value: float, low: float, high: float) -> float:
     return min(max(float(f"{value:.{DIGITS}g}"), low), high)
 
 
-def configured(base: RunConfig, params: Params) -> RunConfig:
-    """Return the base configuration with the values of one trial.
-
-    Raises:
-        ConfigError: a key is unknown, or a value is not allowed.
-    """
-    return with_values(base, params)
-
-
 def values_of(base: RunConfig, keys: Iterable[str]) -> dict[str, Value]:
     """Return what some dotted keys are in a configuration."""
-    tree = base.model_dump(mode="json")
+    tree: Any = base.model_dump(mode="json")
     return {key: reduce(lambda section, name: section[name], key.split("."), tree) for key in keys}
 
 
@@ -124,7 +116,7 @@ def check_together(base: RunConfig, configurations: Iterable[Params]) -> None:
     faults: list[Fault] = []
     for params in configurations:
         try:
-            configured(base, params)
+            with_values(base, params)
         except ConfigError as error:
             together = ", ".join(f"{key}={value}" for key, value in params.items())
             faults.extend(Fault("tune.space", f"{together}: {fault}") for fault in error.faults)
@@ -164,9 +156,13 @@ def _count(dimension: Dimension) -> float:
     return max(1, math.floor((high - low) / step))
 
 
+def _plain(value: Value) -> Value:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _may_be(dimension: Dimension, value: Value) -> bool:
     if values := _listed(dimension):
-        return repr(value) in map(repr, values)
+        return repr(_plain(value)) in (repr(_plain(one)) for one in values)
     low, high = _bounds(dimension)
     kind = float if dimension.randint is None else int
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
@@ -189,7 +185,7 @@ def _faults(base: RunConfig, key: str, dimension: Dimension) -> list[Fault]:
 def _faults_with(base: RunConfig, key: str, value: Value) -> list[Fault]:
     """Return what is wrong with one value, as the user sees it who wrote the space."""
     try:
-        configured(base, {key: value})
+        with_values(base, {key: value})
     except ConfigError as error:
         return [
             replace(fault, where=f"tune.space.{key}")

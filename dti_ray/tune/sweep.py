@@ -11,59 +11,35 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 from pyarrow import csv
 from pyarrow import parquet as pq
 from ray import tune
 from ray.actor import ActorProxy
 from ray.tune.search import Searcher
 
-from dti_ray.config import RunConfig, differences, from_yaml, to_yaml
-from dti_ray.data.pipeline import TrainingRows
-from dti_ray.errors import ConfigError, Fault, InputError
-from dti_ray.model.shape import build_shape
-from dti_ray.storage import Storage
-from dti_ray.train.launch import Inputs, anywhere, check_fits, open_inputs
+from dti_ray.cluster import this_node
+from dti_ray.config import RunConfig, to_yaml
+from dti_ray.errors import Fault, RunError
+from dti_ray.tune.checks import Sweep, concurrency
 from dti_ray.tune.keeper import Keeper, Turn, config_of
 from dti_ray.tune.ledger import Ledger, RunState, SweepState, count_reruns
 from dti_ray.tune.results import TrialResult, best, results, table
-from dti_ray.tune.retention import states_gb
-from dti_ray.tune.search import check_plan, plan_ahead, plan_first
-from dti_ray.tune.space import check_space, check_together, corners
-from dti_ray.tune.trial import TrialParts, run_trial, shares_inputs
+from dti_ray.tune.trial import TrialParts, run_trial
 
 TRIAL_CPUS = 0.1  # of the process that waits for the workers of a trial
 LOOK_S = 1.0
-STATE_BYTES_PER_WEIGHT = 12  # the weight and AdamW's two moments, fp32
-QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}  # the ledger is the log
+# The ledger is the log; and Ctrl-C ends the command: Tune would take it for the end of the sweep.
+TUNE_SETTINGS = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
 
 OnLook = Callable[[SweepState, list[str]], None]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that has passed every check that needs no cluster.
-
-    Attributes:
-        base: configuration that trials change.
-        total_targets: of one run.
-    """
-
-    base: RunConfig
-    storage: Storage
-    inputs: Inputs
-    total_targets: int
-
-    @property
-    def folder(self) -> str:
-        """Path of the sweep below the root."""
-        return f"sweeps/{self.base.tune.sweep}"
 
 
 @dataclass(frozen=True)
@@ -84,65 +60,6 @@ class Finished:
     reruns: int
 
 
-def check_sweep(config: RunConfig) -> Sweep:
-    """Check all that can be checked without a cluster: every bound and choice, applied to the base configuration.
-
-    Raises:
-        ConfigError: a key, bound or choice does not fit, or the budget is too small for one state.
-        InputError: the data set is not prepared, or the sweep's name is taken by another base configuration.
-        StorageError: the root cannot be reached or written.
-    """
-    config = anywhere(config)
-    check_plan(config.tune)
-    check_space(config, config.tune.space)
-    first = plan_first(config, [])
-    check_together(config, [trial.params for trial in [*first, *plan_ahead(config.tune, first)]])
-    storage = Storage(config.storage.root)
-    storage.check_writable()
-    _check_same_base(config, storage)
-    inputs = open_inputs(config, storage)
-    _check_trials_fit(config, inputs)
-    total = TrainingRows(inputs.dataset, inputs.table, config, through_ray=False).total_targets
-    if config.tune.scheduler != "none" and config.eval.every_targets >= total:
-        raise ConfigError(
-            Fault(
-                "eval.every_targets", f"got {config.eval.every_targets:,}, and a run has {total:,} targets",
-                f"less, so that tune.scheduler={config.tune.scheduler} has something to compare before the end",
-            )
-        )  # fmt: skip
-    return Sweep(config, storage, inputs, total)
-
-
-def concurrency(config: RunConfig, have: Mapping[str, float]) -> int:
-    """Return how many trials a cluster can train at once, at most `tune.max_concurrent`.
-
-    Args:
-        config: of the sweep.
-        have: CPUs and GPUs of the cluster.
-
-    Raises:
-        ConfigError: it cannot hold one trial.
-    """
-    cluster, spare = config.cluster, 1.0  # without a spare CPU Ray cannot replace a dead worker
-    needs = {
-        "CPU": cluster.workers * cluster.cpus_per_worker + TRIAL_CPUS,
-        "GPU": cluster.workers * cluster.gpus_per_worker,
-    }
-    free = {"CPU": have.get("CPU", 0.0) - spare, "GPU": have.get("GPU", 0.0)}
-    faults = [
-        Fault(
-            f"cluster.{name.lower()}s_per_worker", f"a trial needs {need:g} {name}s",
-            f"at most {free[name]:g}, as the cluster has {have.get(name, 0.0):g}"
-            + (" and one must stay to spare" if name == "CPU" else ""),
-            "lower cluster.workers, or join a larger cluster with cluster.address",
-        )
-        for name, need in needs.items() if need > free[name]
-    ]  # fmt: skip
-    if faults:
-        raise ConfigError(*faults)
-    return min(config.tune.max_concurrent, *(int(free[name] // need) for name, need in needs.items() if need))
-
-
 def run_sweep(sweep: Sweep, on_look: OnLook) -> Finished:
     """Run what is left of a sweep, and write its results.
 
@@ -153,21 +70,33 @@ def run_sweep(sweep: Sweep, on_look: OnLook) -> Finished:
     Raises:
         ConfigError: the cluster cannot hold one trial.
         InputError: another process works on the sweep.
+        RunError: the keeper of the ledger was lost.
     """
-    at_once = concurrency(sweep.base, ray.cluster_resources())
+    at_once = concurrency(sweep.base, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     if not sweep.storage.exists(f"{sweep.folder}/config.yaml"):
         sweep.storage.write(f"{sweep.folder}/config.yaml", to_yaml(sweep.base).encode())
-    keeper = ray.remote(num_cpus=0)(Keeper).remote(sweep.base, sweep.total_targets)
-    parts = TrialParts(sweep.base, keeper, ray.put(sweep.inputs), ray.put(sweep.inputs.table))
-    with _looking(keeper, on_look), tempfile.TemporaryDirectory(prefix="dti-ray-tune-") as folder:
-        os.environ.update(QUIET)
-        tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, parts=parts), {"CPU": TRIAL_CPUS}),
-            tune_config=tune.TuneConfig(search_alg=FromKeeper(keeper), num_samples=-1, max_concurrent_trials=at_once),
-            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
-        ).fit()
-    ray.get(keeper.clean.remote())
+    keeper = (
+        ray.remote(num_cpus=0)(Keeper).options(scheduling_strategy=this_node()).remote(sweep.base, sweep.total_targets)
+    )
+    inputs = sweep.inputs
+    parts = TrialParts(sweep.base, keeper, inputs.dataset, inputs.tokenizer, ray.put(inputs.table))
+    try:
+        with _looking(keeper, on_look), tempfile.TemporaryDirectory(prefix="dti-ray-tune-") as folder:
+            _run_trials(parts, at_once, folder)
+        ray.get(keeper.clean.remote())
+    except ray.exceptions.RayActorError as error:
+        hint = "the same command goes on from the ledger"
+        raise RunError(Fault(f"sweep {sweep.base.tune.sweep}", f"lost its keeper: {error}", hint=hint)) from error
     return write_results(sweep)
+
+
+def _run_trials(parts: TrialParts, at_once: int, folder: str) -> None:
+    os.environ.update(TUNE_SETTINGS)
+    tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, parts=parts), {"CPU": TRIAL_CPUS}),
+        tune_config=tune.TuneConfig(search_alg=FromKeeper(parts.keeper), num_samples=-1, max_concurrent_trials=at_once),
+        run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
+    ).fit()
 
 
 def write_results(sweep: Sweep) -> Finished:
@@ -184,18 +113,18 @@ def write_results(sweep: Sweep) -> Finished:
     csv.write_csv(rows, sink)
     storage.write(f"{sweep.folder}/trials.csv", sink.getvalue().to_pybytes())
     if winner is not None:
-        storage.write(f"{sweep.folder}/best.yaml", best_yaml(sweep.base, winner).encode())
+        storage.write(f"{sweep.folder}/best.yaml", best_yaml(sweep.base, winner, state.runs[winner.runs[0]]).encode())
         best_config = storage.display(sweep.folder, "best.yaml")
     return Finished(
         state, tuple(found), winner, best_config, storage.display(ledger.path), count_reruns(ledger.events)
     )  # fmt: skip
 
 
-def best_yaml(base: RunConfig, winner: TrialResult) -> str:
-    """Return a trial's configuration under the first of its seeds, for `dti-ray train -c`."""
-    run = RunState(f"{base.tune.sweep}-best", winner.number, winner.seeds[0])
-    config = config_of(base, winner.params, run)
-    return to_yaml(config.model_copy(update={"checkpoint": base.checkpoint}))
+def best_yaml(base: RunConfig, winner: TrialResult, run: RunState) -> str:
+    """Return the configuration of a trial's first run, for `dti-ray train -c`; its last learning rate after pbt."""
+    config = config_of(base, winner.params, run, 1)
+    train = config.train.model_copy(update={"run": f"{base.tune.sweep}-best-{winner.number:04d}"})
+    return to_yaml(config.model_copy(update={"checkpoint": base.checkpoint, "train": train}))
 
 
 class FromKeeper(Searcher):
@@ -216,8 +145,7 @@ class FromKeeper(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:  # noqa: ARG002
         """Take note of a trial whose process died."""
         if error:
-            reason = "the process of the trial died; Ray's logs tell why"
-            ray.get(self.keeper.fail.remote(self.given[trial_id], reason, False))
+            ray.get(self.keeper.lose.remote(self.given[trial_id]))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the ledger is the searcher's state."""
@@ -228,64 +156,22 @@ class FromKeeper(Searcher):
 
 @contextmanager
 def _looking(keeper: ActorProxy[Keeper], on_look: OnLook) -> Iterator[None]:
-    """Call `on_look` beside the block, and once when it ends."""
+    """Call `on_look` beside the block, and once behind it."""
     ended = threading.Event()
+
+    def look_once() -> None:
+        with suppress(ray.exceptions.RayActorError):  # whoever waits for the trials meets it too
+            on_look(*ray.get(keeper.look.remote()))
 
     def look() -> None:
         while not ended.wait(LOOK_S):
-            on_look(*ray.get(keeper.look.remote()))
+            look_once()
 
     thread = threading.Thread(target=look, daemon=True, name="look")
     thread.start()
     try:
         yield
-        on_look(*ray.get(keeper.look.remote()))
     finally:
         ended.set()
         thread.join()
-
-
-def _check_same_base(config: RunConfig, storage: Storage) -> None:
-    path = f"sweeps/{config.tune.sweep}/config.yaml"
-    if not storage.exists(path):
-        return
-    stored = from_yaml(storage.read(path).decode())
-    found = differences(stored, config)
-    if found:
-        raise InputError(
-            Fault(
-                f"tune.sweep={config.tune.sweep}", "exists with another base configuration",
-                hint="choose another tune.sweep, or use the stored values:",
-            ),
-            *found,
-        )  # fmt: skip
-
-
-def _check_trials_fit(config: RunConfig, inputs: Inputs) -> None:
-    """Refuse bounds and choices whose rows or models do not fit, and a budget that holds no state."""
-    faults: list[Fault] = []
-    for key, value in corners(config.tune.space):
-        run = RunState("corner", 0, config.tune.seeds[0])
-        changed = config_of(config, {key: value}, run)
-        try:
-            own = inputs if shares_inputs(config, changed) else open_inputs(changed, inputs.dataset.storage)
-            check_fits(changed, own)
-        except (ConfigError, InputError) as error:
-            faults.extend(Fault(f"tune.space {key}={value}", str(fault)) for fault in error.faults)
-    if faults:
-        raise ConfigError(*faults)
-    if config.tune.max_gb is not None:
-        _check_budget(config, inputs, config.tune.max_gb)
-
-
-def _check_budget(config: RunConfig, inputs: Inputs, max_gb: float) -> None:
-    trained = sum(weight.numel() for weight in build_shape(config, inputs.table).parameters() if weight.requires_grad)
-    state_gb, share_gb = trained * STATE_BYTES_PER_WEIGHT / 1e9, states_gb(config.tune)
-    if state_gb > share_gb:
-        raise ConfigError(
-            Fault(
-                "tune.max_gb", f"got {max_gb:g}, of which each run's states may take {share_gb:.3g}",
-                f"at least {max_gb * state_gb / share_gb:.3g}, as one state has about {state_gb:.3g}",
-                "raise it, or lower tune.keep_best, tune.max_concurrent or the number of seeds",
-            )
-        )  # fmt: skip
+        look_once()

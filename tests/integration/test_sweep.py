@@ -17,8 +17,9 @@ from dti_ray.config import load_config
 from dti_ray.errors import ConfigError, InputError
 from dti_ray.storage import Storage
 from dti_ray.train.checkpoint import list_checkpoints
+from dti_ray.tune.checks import check_sweep
 from dti_ray.tune.ledger import Status, SweepState
-from dti_ray.tune.sweep import check_sweep, run_sweep
+from dti_ray.tune.sweep import run_sweep
 from tests.seaweed import Seaweed
 from tests.sweeps import command, config_of, content, lay_out, read_ledger, start, write_space
 
@@ -72,7 +73,8 @@ def test_sweep_survives_a_dead_worker_and_a_hopeless_trial_and_leaves_the_best_r
     assert left == ["runs/s-0000-s0"]
     assert len(list_checkpoints(storage, left[0])) <= 2
     names = {path.rpartition("/")[2] for path in storage.list("sweeps/s")}
-    assert names == {"best.yaml", "config.yaml", "ledger.jsonl", "trials.csv", "trials.parquet"}
+    assert names == {"best.yaml", "config.yaml", "failures", "ledger.jsonl", "trials.csv", "trials.parquet"}
+    assert storage.list("sweeps/s/failures") == ["sweeps/s/failures/s-0001-s0.txt"]
 
     ledger = storage.read("sweeps/s/ledger.jsonl")
     again = run_sweep(check_sweep(config), look)
@@ -104,6 +106,8 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
+    assert first.stdout is not None
+    first.stdout.close()
     before = read_ledger(tmp_path / "killed")
     assert [e["run"] for e in before if e["event"] == "done"] == ["s-0000-s0"]
 
@@ -118,7 +122,10 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
     assert "s-0001-s0: restored step" in (tmp_path / "killed.log").read_text()
 
     best = load_config([tmp_path / "killed/sweeps/s/best.yaml"])
-    assert (best.train.run, best.packing.k) == ("s-best", told["best"]["params"]["packing.k"])
+    assert (best.train.run, best.packing.k) == (
+        f"s-best-{told['best']['trial']:04d}",
+        told["best"]["params"]["packing.k"],
+    )
 
 
 def test_trials_of_a_cluster_are_placed_on_both_of_its_nodes(tmp_path: Path) -> None:
@@ -171,8 +178,9 @@ def test_trial_that_no_cluster_of_this_size_can_hold_is_refused_with_both_number
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "cluster.gpus_per_worker=8"])
     assert caught.value.code == 2
-    assert "needs 8 GPUs" in (told := capsys.readouterr().err)
-    assert "at most 0" in told
+    told = capsys.readouterr().err
+    assert "a trial needs 1 workers with 1 CPUs and 8 GPUs each" in told
+    assert "at most 0, as the cluster's nodes have 4 CPUs and 0 GPUs" in told
 
 
 def test_damaged_line_of_a_ledger_is_named_and_the_rest_is_kept(

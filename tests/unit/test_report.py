@@ -16,7 +16,7 @@ from dti_ray.data.leaks import CHECKS
 from dti_ray.errors import InputError
 from dti_ray.report import MaskPicture, write_report
 from dti_ray.storage import Storage
-from tests.builders import write_dataset
+from tests.builders import streaming_mask, write_dataset
 
 SECTIONS = ("headline", "metrics", "learning", "probabilities", "speed", "log", "mask", "configuration", "versions")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -111,24 +111,6 @@ def put_log(storage: Storage, run: str) -> None:
     storage.write_manifest(dataset.folder, files, {**body, "data_config": {"split": "user_time"}})
     config = f"runs/{run}/config.yaml"
     storage.write(config, storage.read(config) + b"data:\n  name: tiny\n")
-
-
-def streaming_mask(context: int, targets: int, words: int = 2, prefix: int = 2, prompts: int = 1) -> MaskPicture:
-    """Make the anchored mask: causal within a prompt, and [SUM] hidden from all others."""
-    kind, label, prompt = [], [], []
-    for number in range(prompts):
-        one = ["prefix"] * prefix
-        names = ["user", ":"][:prefix]
-        for item in range(context + targets):
-            text = "context" if item < context else "target"
-            one += [text] * words + (["sum"] if text == "target" else []) + ["feedback"]
-            names += [f"Film{item}", "(1995)", "noir", "x"][:words] + (["[SUM]"] if text == "target" else [])
-            names += ["<yes>" if item % 3 else "<no>"]
-        kind, label, prompt = kind + one, label + names, prompt + [number] * len(one)
-    visible = np.tri(len(kind), dtype=bool) & (np.array(prompt)[:, None] == np.array(prompt))
-    hidden = np.array([name == "sum" for name in kind])
-    visible &= ~hidden[None, :] | np.eye(len(kind), dtype=bool)
-    return MaskPicture(visible, kind, label, "One row: a streaming prompt with four context interactions")
 
 
 class Balance(HTMLParser):

@@ -7,6 +7,7 @@ from dti_ray.report import MaskPicture
 from dti_ray.report.artefacts import Predictions
 from dti_ray.report.mask import draw_mask, interaction_starts, prompt_starts
 from dti_ray.report.plots import calibration_bins, short_count, smooth
+from tests.builders import streaming_mask
 
 
 def test_calibration_bins_hold_every_prediction_once() -> None:

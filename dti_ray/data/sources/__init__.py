@@ -1,14 +1,12 @@
 """Readers of raw logs: each finds its files, checks their columns, and says how rows and items are read from them.
 
-Stage: first of the data path. In: raw files and the `data` section. Out: a `RawLog`, and the items as a table.
+Stage: first of the data path. In: raw files and the `data` section. Out: a `RawLog`.
 Invariant: a reader converts names, never values; what is wrong with a row is for `checks` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import pyarrow as pa
 
 from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import amazon, kuairand, movielens, tabular
@@ -36,14 +34,3 @@ def locate(config: DataConfig, storage: Storage) -> RawLog:
         StorageError: a place cannot be reached.
     """
     return SOURCES[config.source](config, storage)
-
-
-def read_items(raw: RawLog) -> pa.Table | None:
-    """Return the whole catalogue: `item_id`, then text columns, all strings, in the order of the files.
-
-    None where the log itself holds the items (`RawLog.item_batches` has them).
-
-    Raises:
-        InputError: a file is missing or damaged, or has a row that cannot be read; StorageError: it cannot be reached.
-    """
-    return raw.read_catalogue() if raw.read_catalogue is not None else None

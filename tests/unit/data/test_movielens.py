@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dti_ray.config.schema import DataConfig
-from dti_ray.data.sources import films, locate, read_items
+from dti_ray.data.sources import films, locate
 from dti_ray.data.sources.raw import RawLog
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
@@ -91,7 +91,7 @@ def test_every_layout_is_read_as_grouplens_publishes_it(tmp_path: Path, name: st
     log = pickle.loads(pickle.dumps(locate(DataConfig(name="ml", path=path), Storage(str(tmp_path)))))
     assert rows(log) == ROWS
     assert [piece.rows for piece in log.pieces()] == [2]
-    items = read_items(log)
+    items = log.read_catalogue()
     assert items is not None
     assert items.schema.equals(films.ITEMS)
     assert items.to_pylist() == FILMS
@@ -104,7 +104,7 @@ def test_recbole_values_stay_as_they_are(tmp_path: Path, write_raw) -> None:
         {"user_id": "007", "item_id": "1", "time": "8.8e8", "label.rating": "five", "row": 1, "fault": None},
         {"user_id": "", "item_id": "2", "time": "", "label.rating": '"', "row": 2, "fault": None},
     ]
-    items = read_items(log)
+    items = log.read_catalogue()
     assert items is not None
     assert items.schema.equals(films.ITEMS)
     assert items.to_pylist() == [
@@ -141,7 +141,7 @@ def test_the_year_leaves_the_title(title: str, expected: tuple[str, str]) -> Non
 def test_films_without_genres_have_none(tmp_path: Path) -> None:
     lay(tmp_path / "ml", "ml-25m")
     (tmp_path / "ml" / "movies.csv").write_text('movieId,title,genres\n1,"A, B",(no genres listed)\n')
-    items = read_items(locate(DataConfig(path=str(tmp_path / "ml")), Storage("unused")))
+    items = locate(DataConfig(path=str(tmp_path / "ml")), Storage("unused")).read_catalogue()
     assert items is not None
     assert items.to_pylist() == [{"item_id": "1", "title": "A, B", "year": "", "genres": ""}]
 
@@ -164,7 +164,7 @@ def test_a_damaged_catalogue_is_named(tmp_path: Path, name: str, file: str, cont
     (tmp_path / "ml" / file).write_bytes(content)
     log = locate(DataConfig(path=str(tmp_path / "ml")), Storage("unused"))
     with pytest.raises(InputError, match=problem):
-        read_items(log)
+        log.read_catalogue()
 
 
 def test_a_line_of_the_log_that_is_no_rating_is_marked(tmp_path: Path) -> None:

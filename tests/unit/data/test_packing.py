@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from dti_ray.config import load_config
 from dti_ray.data.interactions import TEST, TRAIN, VALID, UserSequences
-from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, end_to_end, pack, pack_spec
+from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
 from dti_ray.data.prompts import GAPS, NO, YES, TokenTable
 from dti_ray.errors import ConfigError
-from tests.builders import make_config, make_sequences, make_table, train_spec
+from tests.builders import make_sequences, make_table
 
 ROOMY = 100_000
 
@@ -351,22 +351,27 @@ def test_spec_takes_the_configuration_and_sliding_is_one_target_a_prompt() -> No
     assert pack_spec(load_config([], ["packing.k=6"]).packing, "ordered", TRAIN).k == 6
 
 
-def test_rows_end_to_end_are_one_row_with_the_same_prompts() -> None:
-    table, config = make_table(prefix=3), make_config("packing.n=4")
-    rows = list(pack(make_sequences([14, 5, 23]), table, train_spec(config, k=5, row_tokens=80)))
-    assert len(rows) > 2
-    joined = end_to_end(rows)
-    assert joined.size_tokens == sum(row.size_tokens for row in rows) - 3 * (len(rows) - 1)
-    assert sorted(set(joined.prompt.tolist())) == list(range(1, 1 + sum(int(row.prompt.max()) for row in rows)))
-    begin = first = 0
-    for row in rows:
-        end, last = begin + len(row.tokens), first + row.targets
-        assert (joined.tokens[begin:end] == row.tokens).all()
-        assert (joined.prompt[begin:end] - row.prompt == joined.prompt[begin] - 1).all()
-        assert (joined.after[first:last] == row.after + begin).all()
-        assert (joined.users[first:last] == row.users).all()
-        begin, first = end, last
-    assert end_to_end(rows[:1]) is rows[0]
+def test_time_gap_counts_from_the_last_earlier_second_of_the_whole_history() -> None:
+    day, week = 86_400, 7 * 86_400
+    table = replace(
+        make_table(prefix=0), gap_tokens=np.arange(100, 100 + len(GAPS), dtype=np.int32),
+        gap_offsets=np.concatenate([[0], np.arange(len(GAPS) + 1)]),
+    )  # fmt: skip
+    names = {100 + i: phrase for i, (_, phrase) in enumerate(GAPS)}
+    times = np.array([0, 0, 59, 59, 59 + day, 59 + day, 59 + day + 3 * week])
+    splits = np.array([TRAIN] * 4 + [VALID] * 3, np.int8)
+    sequences = replace(make_sequences([7]), times=times, splits=splits)
+    for strictly_earlier in (False, True):
+        spec = PackSpec(k=2, n=7, strictly_earlier=strictly_earlier, min_context=0, row_tokens=ROOMY, split=VALID)
+        said: dict[int, set[str]] = {}
+        for prompt in prompts_of(list(pack(sequences, table, spec))):
+            for i in set(prompt.interactions):
+                first = prompt.tokens[prompt.interactions.index(i)]
+                said.setdefault(i, set()).add(names.get(first, ""))
+        moments, later, weeks = "moments later:", "1 day later:", "2 weeks later:"
+        expected = ["", "", moments, moments, later, later, weeks]
+        assert said == {i: {phrase} for i, phrase in enumerate(expected) if i in said}
+        assert {4, 5, 6} <= said.keys()
 
 
 def test_cold_users_are_targets_unless_they_are_left_out() -> None:

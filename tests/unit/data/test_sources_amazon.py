@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dti_ray.config.schema import DataConfig
-from dti_ray.data.sources import locate, read_items
+from dti_ray.data.sources import locate
 from dti_ray.data.sources.raw import RawLog
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
@@ -57,7 +57,7 @@ def test_reviews_of_every_year_are_read(
     time = review.get("unixReviewTime", review.get("timestamp"))
     expected = {"user_id": "A1", "item_id": "B01", "time": time, f"label.{heading}": 5.0, "row": 1, "fault": None}
     assert rows(log) == [expected]
-    items = read_items(log)
+    items = log.read_catalogue()
     assert items is not None
     assert items.to_pylist() == [
         {"item_id": "B01", "title": "It's a lamp", "brand": brand, "category": "Home, Lamps, Desk"}
@@ -69,7 +69,7 @@ def test_a_zip_of_reviews_and_products_is_read(tmp_path: Path) -> None:
         archive.writestr("x/Home.jsonl", json.dumps(NEW))
         archive.writestr("x/meta_Home.jsonl", json.dumps(META_2023))
     log = find(tmp_path / "a.zip")
-    assert (len(rows(log)), len(read_items(log) or [])) == (1, 1)
+    assert (len(rows(log)), len(log.read_catalogue() or [])) == (1, 1)
 
 
 def test_bad_reviews_are_marked(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_a_product_lacks_is_empty_and_repeated_lines_are_one(tmp_path: Path
     other = META_2023 | {"title": "Another lamp"}
     save(tmp_path / "Home.jsonl", NEW)
     save(tmp_path / "meta_Home.jsonl", META_2023, bare, other, META_2023 | {"price": 3}, {"title": "\ud800"})
-    items = read_items(find(tmp_path))
+    items = find(tmp_path).read_catalogue()
     assert items is not None
     assert items["item_id"].to_pylist() == ["B01", "B02", "B01", None]  # contradictions are for checks to refuse
     assert items["title"].to_pylist() == ["It's a lamp", "", "Another lamp", "?"]
@@ -97,7 +97,7 @@ def test_a_line_that_is_no_product_is_named(tmp_path: Path) -> None:
     save(tmp_path / "Home.jsonl", NEW)
     save(tmp_path / "meta_Home.jsonl", META_2023, "", "__import__('os')")
     with pytest.raises(InputError, match=r"meta_Home\.jsonl: has no product in row 2; expected one JSON object"):
-        read_items(find(tmp_path))
+        find(tmp_path).read_catalogue()
 
 
 @pytest.mark.parametrize("name", ["Home.jsonl", "meta_Home.jsonl", "readme.txt"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dti_ray.config.schema import DataConfig
-from dti_ray.data.sources import locate, read_items
+from dti_ray.data.sources import locate
 from dti_ray.data.sources.raw import RawLog
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
@@ -41,7 +41,7 @@ def find(path: Path, label: str = "is_click") -> RawLog:
 
 
 def items(log: RawLog) -> list[dict[str, str | None]]:
-    table = read_items(log)
+    table = log.read_catalogue()
     assert table is not None
     return table.to_pylist()
 

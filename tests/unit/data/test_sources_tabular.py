@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from dti_ray.config.schema import DataConfig
-from dti_ray.data.sources import locate, parquet, raw, read_items
+from dti_ray.data.sources import locate, parquet, raw
 from dti_ray.data.sources.raw import Piece, RawLog
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
@@ -75,7 +75,7 @@ def test_a_catalogue_may_have_another_format_than_the_log(tmp_path: Path, catalo
     save(tmp_path / "log.csv")
     path = save(tmp_path / "items" / catalogue.lower(), ("asin", "name", "note"), [("7", "Lamp", ""), ("8", "NA", "x")])
     log = find(tmp_path / "log.csv", catalogue=str(path), columns=COLUMNS | {"catalogue_item": "asin"})
-    items = read_items(pickle.loads(pickle.dumps(log)))
+    items = pickle.loads(pickle.dumps(log)).read_catalogue()
     assert items is not None
     assert items.to_pylist() == [
         {"item_id": "7", "name": "Lamp", "note": ""},
@@ -90,19 +90,19 @@ def test_items_of_the_catalogue_become_text_as_in_the_log(tmp_path: Path) -> Non
     table = {"sku": [7.0, 8.0], "price": [2.5, 3.0], "tags": [["a"], ["b", "c"]], "blob": [b"x", b"y"], "n": [1, None]}
     pq.write_table(pa.table(table), tmp_path / "items.parquet")
     chosen = find(tmp_path, catalogue=f"{tmp_path}/items.parquet", columns=COLUMNS | {"text": ["tags", "price"]})
-    assert read_items(chosen).to_pylist() == [
+    assert chosen.read_catalogue().to_pylist() == [
         {"item_id": "7", "tags": "a", "price": "2.5"},
         {"item_id": "8", "tags": "b c", "price": "3"},
     ]
     everything = find(tmp_path, catalogue=f"{tmp_path}/items.parquet")
-    assert read_items(everything).column_names == ["item_id", "price", "n"]
+    assert everything.read_catalogue().column_names == ["item_id", "price", "n"]
     assert everything.files == ("log.csv",)  # the catalogue in the log's folder is no log
 
 
 def test_without_a_catalogue_the_log_holds_the_items(tmp_path: Path) -> None:
     save(tmp_path / "log.csv", (*HEADING, "row"), [(*row, "x") for row in ROWS])
     log = find(tmp_path, columns=COLUMNS | {"text": ["name", "row"]})
-    assert read_items(log) is None
+    assert log.read_catalogue is None
     assert log.catalogue == ()
     (piece,) = log.pieces()
     (batch,) = log.item_batches(piece)
@@ -246,7 +246,7 @@ def test_a_catalogue_with_rows_that_cannot_be_read_is_refused(tmp_path: Path) ->
     (tmp_path / "items.csv").write_bytes(b"sku,name\n1,a\n2\n3,\xff\n4,5,6\n")
     log = find(tmp_path / "log.csv", catalogue=f"{tmp_path}/items.csv")
     with pytest.raises(InputError, match=r"items\.csv: .*\(2 wrong_number_of_fields, 1 not_utf8\), the first is row 2"):
-        read_items(log)
+        log.read_catalogue()
 
 
 @settings(max_examples=40, deadline=None)

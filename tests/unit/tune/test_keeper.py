@@ -28,7 +28,7 @@ def report(keeper: Keeper, run: str, targets: int, auc: float) -> str:
 
 def finish(keeper: Keeper, run: str, auc: float) -> None:
     report(keeper, run, TOTAL, auc)
-    keeper.end(run, Status.DONE, Progress(targets=TOTAL, seconds=10.0), "")
+    keeper.end(run, Progress(targets=TOTAL, seconds=10.0))
 
 
 def test_runs_are_given_out_in_order_until_none_is_left(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_run_is_the_base_with_its_parameters_its_name_and_its_seed(tmp_path: Pat
     job = keeper.job("s-0001-s4")
     params = keeper.state.trials[1].params
     assert (job.config.packing.k, job.config.optim.lr) == (params["packing.k"], params["optim.lr"])
-    assert (job.config.train.run, job.config.train.seed, job.source) == ("s-0001-s4", 4, None)
+    assert (job.config.train.run, job.config.train.seed, job.sources) == ("s-0001-s4", 4, ())
     assert job.config.checkpoint.max_gb == pytest.approx(8 / 4 / 2)
     assert job.config.tune == TuneConfig(), "a run does not know that it is searched"
     assert job.config.model == base.model
@@ -116,8 +116,19 @@ def test_process_that_dies_after_its_run_has_ended_changes_nothing(tmp_path: Pat
     keeper = Keeper(base_of(tmp_path), TOTAL)
     run = keeper.next()
     finish(keeper, run, 0.7)
-    keeper.fail(run, "the process of the trial died", is_final=False)
+    keeper.lose(run)
     assert keeper.state.runs[run].status is Status.DONE
+
+
+def test_process_that_is_gone_counts_as_a_failure_only_where_it_had_brought_nothing(tmp_path: Path) -> None:
+    keeper = Keeper(base_of(tmp_path), TOTAL)
+    run = keeper.next()
+    report(keeper, run, 50, 0.7)
+    keeper.lose(run)
+    assert (keeper.next(), keeper.state.runs[run].failures) == (run, ())
+    keeper.lose(run)
+    assert len(keeper.state.runs[run].failures) == 1
+    assert keeper.next() == run
 
 
 def test_run_that_asha_stops_says_why(tmp_path: Path) -> None:
@@ -126,8 +137,81 @@ def test_run_that_asha_stops_says_why(tmp_path: Path) -> None:
     assert report(keeper, first, 50, 0.70) == "go on"
     assert report(keeper, second, 50, 0.65) == "stop"
     text = keeper.look()[1][0]
-    assert text.startswith("s-0001-s0: ")
-    assert "0.65" in text
+    assert text.startswith("s-0001-s0: asha: auc 0.65")
+
+
+def test_decision_stands_until_it_is_carried_out(tmp_path: Path) -> None:
+    keeper = Keeper(base_of(tmp_path, scheduler="asha"), TOTAL)
+    first, second = keeper.next(), keeper.next()
+    report(keeper, first, 50, 0.70)
+    assert report(keeper, second, 50, 0.65) == "stop"
+    assert report(keeper, second, 60, 0.99) == "stop", "a validation that came while it ended changes nothing"
+    keeper.settle(second)
+    assert (keeper.state.runs[second].status, keeper.state.runs[second].targets) == (Status.STOPPED, 50)
+
+
+@pytest.mark.parametrize("end", ["killed", "failed", "lost"])
+def test_run_that_dies_while_it_is_being_stopped_is_stopped(tmp_path: Path, end: str) -> None:
+    keeper = Keeper(base_of(tmp_path, scheduler="asha"), TOTAL)
+    first, second = keeper.next(), keeper.next()
+    report(keeper, first, 50, 0.70)
+    report(keeper, second, 50, 0.65)
+    if end == "killed":
+        keeper = Keeper(base_of(tmp_path, scheduler="asha"), TOTAL)
+    elif end == "failed":
+        keeper.fail(second, "the disk is full", is_final=False)
+    else:
+        keeper.lose(second)
+    run = keeper.state.runs[second]
+    assert (run.status, run.failures, "0.65" in run.reason) == (Status.STOPPED, (), True)
+
+
+def test_validation_that_a_restart_repeats_is_judged_once(tmp_path: Path) -> None:
+    keeper = Keeper(base_of(tmp_path, scheduler="asha"), TOTAL)
+    first, second = keeper.next(), keeper.next()
+    assert report(keeper, first, 50, 0.70) == "go on"
+    assert report(keeper, second, 50, 0.75) == "go on"
+    assert report(keeper, first, 50, 0.70) == "go on", "by now it would be the second of two"
+    assert len(keeper.state.runs[first].reports) == 1
+
+
+def test_repeats_share_the_fate_of_the_first_seed(tmp_path: Path) -> None:
+    keeper = Keeper(base_of(tmp_path, scheduler="asha", seeds=[0, 1]), TOTAL)
+    for expected in ("s-0000-s0", "s-0000-s1", "s-0001-s0"):
+        assert keeper.next() == expected
+    report(keeper, "s-0000-s0", 50, 0.70)
+    assert report(keeper, "s-0000-s1", 50, 0.10) == "go on", "repeats do not compete"
+    assert report(keeper, "s-0001-s0", 50, 0.65) == "stop"
+    assert keeper.next() == Turn.WAIT
+    assert (keeper.state.runs["s-0001-s1"].status, keeper.state.runs["s-0001-s1"].starts) == (Status.STOPPED, 0)
+
+
+def test_population_takes_over_the_state_that_was_best_when_it_was_decided(tmp_path: Path) -> None:
+    space = {"optim.lr": {"loguniform": [1e-3, 1e-2]}}
+    keeper = Keeper(base_of(tmp_path, scheduler="pbt", space=space, trials=4, max_concurrent=4), TOTAL)
+    runs = [keeper.next() for _ in range(4)]
+    for run, auc in zip(runs[:3], (0.70, 0.72, 0.74), strict=True):
+        report(keeper, run, 50, auc)
+    assert report(keeper, runs[3], 50, 0.60) == "change"
+    keeper.settle(runs[3])
+    assert keeper.next() == runs[3]
+    job = keeper.job(runs[3])
+    assert job.sources == (runs[2], runs[3]), "the best one's folder, then its own of before"
+    assert job.config.train.run == f"{runs[3]}-g1"
+    assert job.config.optim.lr == keeper.state.runs[runs[3]].changes[0].lr
+
+
+def test_tracebacks_of_a_run_that_is_given_up_are_kept(tmp_path: Path) -> None:
+    keeper = Keeper(base_of(tmp_path), TOTAL)
+    run = keeper.next()
+    trace = tmp_path / "runs" / run / "failure.txt"
+    trace.parent.mkdir(parents=True)
+    trace.write_text("Traceback")
+    keeper.fail(run, f"out of memory; traceback in {trace}", is_final=True)
+    kept = tmp_path / "sweeps/s/failures" / f"{run}.txt"
+    assert kept.read_text() == "Traceback"
+    assert not trace.exists()
+    assert str(kept) in keeper.state.runs[run].reason
 
 
 def test_only_the_best_run_stays_on_storage(tmp_path: Path) -> None:

@@ -44,12 +44,6 @@ def test_run_is_followed_from_start_to_end() -> None:
     assert fold([*PLAN, started(A), done(A, "stopped")]).runs[A].status is Status.STOPPED
 
 
-def test_validation_that_is_repeated_after_a_restart_counts_once() -> None:
-    state = fold([*PLAN, started(A), report(A, 40), report(A, 80), {"event": "session"}, started(A), report(A, 80)])
-    assert [one.targets for one in state.runs[A].reports] == [40, 80]
-    assert state.runs[A].starts == 2
-
-
 def test_run_whose_process_is_gone_waits_again_and_one_that_ended_does_not() -> None:
     state = fold([*PLAN, started(A), started(B), done(B), {"event": "session"}])
     assert (state.runs[A].status, state.runs[B].status) == (Status.WAITING, Status.DONE)
@@ -87,6 +81,9 @@ def test_ledger_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     [
         ('{"event": "start", "run"', "JSONDecodeError"),
         ("[1]", "TypeError"),
+        ('{"event": "trial", "trial": null, "params": {}, "runs": {}}', "TypeError: trial is None"),
+        ('{"event": "report", "run": "s-0000-s0", "targets": "9"}', "TypeError: targets is '9'"),
+        ('{"event": "unknown"}', "KeyError: 'unknown'"),
         ('{"run": "s-0000-s0"}', "KeyError: 'event'"),
         ('{"event": "report", "run": "s-0000-s0"}', "KeyError: 'targets'"),
         ('{"event": "start", "run": "other"}', "no line above plans the run 'other'"),

@@ -22,7 +22,9 @@ def swept(*ends: tuple[float, str] | None, seeds: tuple[int, ...] = (0,)) -> Swe
                 events.append(
                     {"event": "report", "run": run, "targets": 9, "auc": auc, "log_loss": 0.6, "seconds": 1.0}
                 )
-                events.append({"event": "done", "run": run, "targets": 9, "seconds": 1.0, "status": status})
+                events.append(
+                    {"event": "done", "run": run, "targets": 9, "seconds": 1.0, "status": status, "reason": ""}
+                )
     return fold(events)
 
 
@@ -42,7 +44,7 @@ def test_trial_stays_until_all_its_seeds_have_ended() -> None:
     waiting = fold([
         {"event": "trial", "trial": 0, "params": {}, "runs": {"s-0000-s0": 0, "s-0000-s1": 1}},
         {"event": "start", "run": "s-0000-s0"},
-        {"event": "done", "run": "s-0000-s0", "targets": 9, "seconds": 1.0, "status": "done"},
+        {"event": "done", "run": "s-0000-s0", "targets": 9, "seconds": 1.0, "status": "done", "reason": ""},
     ])  # fmt: skip
     assert to_delete(state, TuneConfig(sweep="s"), ["s-0000-s0", "s-0000-s1"]) == ["s-0000-s0", "s-0000-s1"]
     assert to_delete(waiting, TuneConfig(sweep="s"), ["s-0000-s0"]) == []
@@ -51,11 +53,11 @@ def test_trial_stays_until_all_its_seeds_have_ended() -> None:
 def test_population_keeps_all_states_until_its_end() -> None:
     config = TuneConfig(sweep="s", scheduler="pbt")
     assert to_delete(swept((0.70, "done"), (0.72, "done"), None), config, FOLDERS) == []
-    assert to_delete(swept((0.70, "done"), (0.72, "done")), config, FOLDERS) == ["s-0000-s0", "s-0002-s0"]
+    assert to_delete(swept((0.70, "done"), (0.72, "done")), config, FOLDERS) == ["s-0000-s0"]
 
 
 def test_folders_of_others_are_never_named() -> None:
-    folders = ["other-0000-s0", "s-0000-s0x", "demo", "s", "s-best", "xs-0000-s0"]
+    folders = ["other-0000-s0", "s-0000-s0x", "demo", "s", "s-best", "xs-0000-s0", "s-0077-s5"]
     assert to_delete(swept((0.70, "failed")), TuneConfig(sweep="s"), folders) == []
 
 
@@ -65,10 +67,11 @@ def test_folder_that_a_changed_run_has_left_goes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts"), [({}, 2), ({"keep_best": 3, "max_concurrent": 2}, 5), ({"seeds": (0, 1)}, 4)]
+    ("changes", "parts"),
+    [({}, 2), ({"keep_best": 3, "max_concurrent": 2}, 5), ({"seeds": (0, 1)}, 4), ({"scheduler": "pbt"}, 8)],
 )
 def test_budget_is_shared_by_all_runs_that_may_lie_there_and_holds_the_state_being_written(
     changes: dict[str, object], parts: int
 ) -> None:
     tune = TuneConfig.model_validate({"max_gb": 10, **changes})
-    assert 2 * parts * states_gb(tune) == pytest.approx(10)
+    assert 2 * parts * states_gb(tune, 4) == pytest.approx(10)
