@@ -35,7 +35,7 @@ def connect(cluster: ClusterConfig, runs: int = 1) -> None:
         address="local",  # not the one that `ray start` may have left on this machine
         num_cpus=max(os.cpu_count() or 1, wanted),
         object_store_memory=cluster.object_store_mb * 2**20,
-        include_dashboard=False,
+        include_dashboard=True,  # without its state API, placement groups of ended runs may leak
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

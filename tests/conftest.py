@@ -27,7 +27,6 @@ def ray_cluster() -> Iterator[None]:
         address="local",  # and not what else may run on this machine
         num_cpus=4,
         object_store_memory=200 * 2**20,
-        include_dashboard=False,
         log_to_driver=False,
         namespace="tests",
     )
