@@ -8,11 +8,12 @@ configuration under the same name is refused.
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +93,13 @@ def run_sweep(sweep: Sweep, on_look: OnLook) -> Finished:
 
 def _run_trials(parts: TrialParts, at_once: int, folder: str) -> None:
     os.environ.update(TUNE_SETTINGS)
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, parts=parts), {"CPU": TRIAL_CPUS}),
         tune_config=tune.TuneConfig(search_alg=FromKeeper(parts.keeper), num_samples=-1, max_concurrent_trials=at_once),
         run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0),
-    ).fit()
+    )
+    with redirect_stdout(io.StringIO()):  # Tune prints a banner whatever its verbosity; stdout is for `--json`
+        tuner.fit()
 
 
 def write_results(sweep: Sweep) -> Finished:
