@@ -23,9 +23,10 @@ from dti_ray.tune.sweep import run_sweep
 from tests.seaweed import Seaweed
 from tests.sweeps import command, config_of, content, lay_out, read_ledger, start, write_space
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MAX_GB = 0.01
+SWEEP_S = 900  # of a small sweep at most, on a machine that is busy with other things
 SPACE = {"packing.k": {"grid": [2, 4]}}
 LONG = ["optim.epochs=12", "eval.every_targets=300", "train.log_targets=32"]
 
@@ -93,13 +94,13 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
     for name in ("whole", "killed"):
         lay_out(tmp_path / name)
     whole = start(command(file, str(tmp_path / "whole"), *LONG), tmp_path / "whole.log")
-    out, _ = whole.communicate(timeout=300)
+    out, _ = whole.communicate(timeout=SWEEP_S)
     assert whole.returncode == 0, (tmp_path / "whole.log").read_text()
     told = json.loads(out.splitlines()[-1])
     assert (told["trials"], told["finished"], told["failed"], told["rerun"]) == (2, 2, 0, 0)
 
     first = start(command(file, str(tmp_path / "killed"), *LONG), tmp_path / "killed.log")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + SWEEP_S
     while not any(e["event"] == "report" and e["run"] == "s-0001-s0" for e in read_ledger(tmp_path / "killed")):
         assert time.monotonic() < deadline
         assert first.poll() is None, (tmp_path / "killed.log").read_text()
@@ -112,7 +113,7 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
     assert [e["run"] for e in before if e["event"] == "done"] == ["s-0000-s0"]
 
     second = start(command(file, str(tmp_path / "killed"), *LONG), tmp_path / "killed.log")
-    out, _ = second.communicate(timeout=300)
+    out, _ = second.communicate(timeout=SWEEP_S)
     assert second.returncode == 0, (tmp_path / "killed.log").read_text()
     told = json.loads(out.splitlines()[-1])
     assert (told["trials"], told["finished"], told["rerun"]) == (2, 2, 0)
@@ -137,7 +138,7 @@ def test_trials_of_a_cluster_are_placed_on_both_of_its_nodes(tmp_path: Path) -> 
             cluster.add_node(num_cpus=3, object_store_memory=100 * 2**20)
         overrides = [*LONG, f"cluster.address={cluster.address}", "cluster.cpus_per_worker=2"]
         sweep = start(command(file, str(tmp_path), *overrides), tmp_path / "log")
-        out, _ = sweep.communicate(timeout=400)
+        out, _ = sweep.communicate(timeout=SWEEP_S)
     finally:
         cluster.shutdown()
     log = (tmp_path / "log").read_text()
