@@ -21,18 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray.cluster_utils import Cluster
-
 from dti_ray.storage import Storage
 from dti_ray.telemetry import read_lines
 from dti_ray.train.checkpoint import survey
 from dti_ray.train.retention import is_cut_off
 from tests.builders import TINY, write_dataset
 from tests.chaos.proxy import Proxy
+from tests.ray_nodes import add_node, start_nodes
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 LENGTHS = [30, 12, 25, 40, 18, 33, 21, 27, 35, 22, 16, 29]
+CPUS = 3  # of a node
 TIMEOUT_S = 20  # of collectives
 RUN_S = 420  # longest run, recovery included
 RUN = [
@@ -157,8 +157,7 @@ class Stage:
         """Start Ray, lay out the data set, train the run that all others are compared with."""
         for name, value in {**KEYS, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
             os.environ[name] = value
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 200 * 2**20})
-        self.nodes = [self.add_node() for _ in range(2)]
+        self.cluster, self.nodes = start_nodes(2, CPUS)
         write_dataset(self.folder / "local", LENGTHS, segment_interactions=30)
         self.storage = Storage(self.root(self.s3.port))
         self.storage.upload(self.folder / "local", "")
@@ -171,7 +170,7 @@ class Stage:
         return f"s3://dti/chaos?endpoint_override=http://127.0.0.1:{port or self.proxy.port}"
 
     def add_node(self) -> Any:
-        return self.cluster.add_node(num_cpus=3, object_store_memory=200 * 2**20)
+        return add_node(self.cluster, CPUS)
 
     def start(self, fault: dict[str, Any] | None = None, name: str | None = None, *overrides: str) -> Run:
         """Start a driver; without a name, of a new run."""

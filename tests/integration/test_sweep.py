@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from dti_ray.cli import main
 from dti_ray.config import load_config
@@ -20,6 +19,7 @@ from dti_ray.train.checkpoint import list_checkpoints
 from dti_ray.tune.checks import check_sweep
 from dti_ray.tune.ledger import Status, SweepState
 from dti_ray.tune.sweep import run_sweep
+from tests.ray_nodes import start_nodes
 from tests.seaweed import Seaweed
 from tests.sweeps import command, config_of, content, lay_out, read_ledger, start, write_space
 
@@ -132,10 +132,8 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
 def test_trials_of_a_cluster_are_placed_on_both_of_its_nodes(tmp_path: Path) -> None:
     lay_out(tmp_path)
     file = write_space(tmp_path, space=SPACE, search="grid", max_concurrent=2)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    cluster, _ = start_nodes(2, cpus=3)
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=3, object_store_memory=100 * 2**20)
         overrides = [*LONG, f"cluster.address={cluster.address}", "cluster.cpus_per_worker=2"]
         sweep = start(command(file, str(tmp_path), *overrides), tmp_path / "log")
         out, _ = sweep.communicate(timeout=SWEEP_S)
