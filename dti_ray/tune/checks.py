@@ -107,7 +107,11 @@ def concurrency(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> int:
         faults.append(Fault("cluster.cpus_per_worker", problem, f"at most {cpus:g}, as the cluster has"))
     if faults:
         raise ConfigError(*faults)
-    return min(config.tune.max_concurrent, places // cluster.workers, int(cpus // of_a_trial))
+    at_once = min(config.tune.max_concurrent, places // cluster.workers, int(cpus // of_a_trial))
+    if config.tune.scheduler == "pbt" and at_once == 1:
+        problem = "pbt compares trials that train at once, and the cluster holds one"
+        raise ConfigError(Fault("tune.scheduler", problem, hint="join a larger cluster, or use asha"))
+    return at_once
 
 
 def _check_same_base(config: RunConfig, storage: Storage) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 import ray
@@ -88,8 +88,7 @@ class Keeper:
         """Return what a run is."""
         run = self.state.runs[name]
         params, trials = self.state.trials[run.trial].params, len(self.state.trials)
-        sources = (run.changes[-1].source, replace(run, changes=run.changes[:-1]).folder) if run.changes else ()
-        return Job(config_of(self.base, params, run, trials), run.targets, sources)
+        return Job(config_of(self.base, params, run, trials), run.targets, run.sources)
 
     @ray.method
     def cost(self, name: str, flops_per_target: float) -> None:

@@ -145,7 +145,15 @@ class RunState:
     @property
     def folder(self) -> str:
         """Name below `<root>/runs`: a run that took over another one's state is a new one there."""
-        return f"{self.name}-g{len(self.changes)}" if self.changes else self.name
+        return self._folder_after(len(self.changes))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Folders of which it takes over a state, the first that is usable: another run's, else its own of before."""
+        return (self.changes[-1].source, self._folder_after(len(self.changes) - 1)) if self.changes else ()
+
+    def _folder_after(self, changes: int) -> str:
+        return f"{self.name}-g{changes}" if changes else self.name
 
 
 @dataclass(frozen=True)

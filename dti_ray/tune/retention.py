@@ -30,7 +30,7 @@ def to_delete(state: SweepState, tune: TuneConfig, folders: Sequence[str]) -> li
     runs = state.runs.values()
     if tune.scheduler == "pbt" and not all(run.status.is_final for run in runs):
         # Any run may still be taken over; what a run has left behind is wanted until its follower has started.
-        stay = {run.folder for run in runs} | {change.source for run in runs for change in run.changes[-1:]}
+        stay = {folder for run in runs for folder in (run.folder, *run.sources)}
     else:
         best = {trial.number for trial in ranked(results(state, tune.metric), tune.metric)[: tune.keep_best]}
         ended = {number for number in state.trials if all(run.status.is_final for run in state.of_trial(number))}

@@ -79,6 +79,8 @@ def run_sweep(sweep: Sweep, on_look: OnLook) -> Finished:
     keeper = (
         ray.remote(num_cpus=0)(Keeper).options(scheduling_strategy=this_node()).remote(sweep.base, sweep.total_targets)
     )
+    if at_once < (wanted := sweep.base.tune.max_concurrent):
+        keeper.say.remote(f"at most {at_once} of {wanted} trials train at once: the cluster holds no more")
     inputs = sweep.inputs
     parts = TrialParts(sweep.base, keeper, inputs.dataset, inputs.tokenizer, ray.put(inputs.table))
     try:

@@ -51,3 +51,11 @@ def test_trial_that_no_node_can_hold_is_refused_with_both_numbers(
     with pytest.raises(ConfigError) as caught:
         concurrency(asking(*overrides), nodes)
     assert told in str(caught.value)
+
+
+def test_population_that_could_only_train_one_by_one_is_refused() -> None:
+    config = asking("cluster.workers=1")
+    config = config.model_copy(update={"tune": config.tune.model_copy(update={"scheduler": "pbt"})})
+    assert concurrency(config, [LARGE]) == 8
+    with pytest.raises(ConfigError, match="the cluster holds one"):
+        concurrency(config, [SMALL])

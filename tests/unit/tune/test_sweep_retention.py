@@ -56,6 +56,16 @@ def test_population_keeps_all_states_until_its_end() -> None:
     assert to_delete(swept((0.70, "done"), (0.72, "done")), config, FOLDERS) == ["s-0000-s0"]
 
 
+def test_population_keeps_what_a_changed_run_may_still_take_over_and_nothing_older() -> None:
+    config = TuneConfig(sweep="s", scheduler="pbt")
+    events: list[Event] = [
+        {"event": "trial", "trial": number, "params": {}, "runs": {f"s-000{number}-s0": 0}} for number in range(2)
+    ]
+    events += [{"event": "change", "run": "s-0000-s0", "targets": 9, "source": "s-0001-s0", "lr": 1e-3}] * 2
+    folders = ["s-0000-s0", "s-0000-s0-g1", "s-0000-s0-g2", "s-0001-s0"]
+    assert to_delete(fold(events), config, folders) == ["s-0000-s0"]
+
+
 def test_folders_of_others_are_never_named() -> None:
     folders = ["other-0000-s0", "s-0000-s0x", "demo", "s", "s-best", "xs-0000-s0", "s-0077-s5"]
     assert to_delete(swept((0.70, "failed")), TuneConfig(sweep="s"), folders) == []
