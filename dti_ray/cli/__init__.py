@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from dti_ray.cli.bench import bench_app, estimate
 from dti_ray.cli.data import data_app, prepare
+from dti_ray.cli.jobs import jobs_app, submit
 from dti_ray.cli.options import Files, Overrides, Root, load
 from dti_ray.cli.runs import demo, evaluate, export, report, train
 from dti_ray.cli.sweeps import tune
@@ -29,6 +30,9 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 for command in (demo, prepare, estimate, train, evaluate, tune, report, export):
     app.command()(command)
+# What it does not know belongs to the command that it sends.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
