@@ -37,7 +37,9 @@ NAME, CONTENT, STOP = "dti_ray", "dti_ray_content", "dti_ray_stop_s"  # keys of 
 ATTEMPT = "~"  # between a name and the number of its attempt; no name holds it
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOK_S = 1.0
-PATIENCE_S = 120.0  # with a cluster that does not answer, while a job is followed
+PATIENCE_S = 120.0  # with a cluster that does not answer, or that does not take jobs yet
+# What Ray answers where somebody was faster, and the next look finds the job; and while its nodes are starting.
+MOMENTARY = ("already exists", "No available agent")
 STOP_MARGIN_S = 60  # to save the state and to end, beside the patience with storage
 
 
@@ -119,6 +121,7 @@ def submit(client: JobSubmissionClient, job: Job) -> Submitted:
         InputError: it lives, with other arguments; or this installation has no code to send.
         RunError: the cluster did not take it.
     """
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         attempts = attempts_of(client, job.name)
         live = [attempt for attempt in attempts if not attempt.status.is_terminal()]
@@ -128,9 +131,9 @@ def submit(client: JobSubmissionClient, job: Job) -> Submitted:
         try:
             _start(client, job, wanted)
         except RuntimeError as error:
-            if "already exists" not in str(error):
+            if not any(words in str(error) for words in MOMENTARY) or time.monotonic() > deadline:
                 raise RunError(Fault(job.name, f"the cluster did not take it: {_first_line(str(error))}")) from error
-            time.sleep(LOOK_S)  # somebody was faster: the next look finds it
+            time.sleep(LOOK_S)
         else:
             return Submitted(wanted, is_attached=False)
 

@@ -120,7 +120,7 @@ def write_dataset(root: Path, lengths: Sequence[int], segment_interactions: int 
     counts = np.bincount(splits, minlength=3).tolist()
     dataset = Dataset(
         storage, "tiny", len(lengths), sum(lengths), ITEMS, float(sequences.labels.mean()),
-        (counts[0], counts[1], counts[2]), {}, tuple(segments), {},
+        (counts[0], counts[1], counts[2]), {}, tuple(segments), {"split": "user_time"},
     )  # fmt: skip
     files = [entry, replace(catalogue, path=ITEMS_FILE)]
     storage.write_manifest(folder, files, dataset.manifest())

@@ -249,7 +249,7 @@ def test_any_cut_into_blocks_tells_the_same(data: st.DataObject) -> None:
 
 
 def test_reading_in_blocks_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = replace(write_dataset(tmp_path, [3, 50, 9, 120, 41, 7, 15]), data_config={"split": "user_time"})
+    dataset = write_dataset(tmp_path, [3, 50, 9, 120, 41, 7, 15])
     users = read_all(dataset)
     extent = extent_of([users])
     expected = finish(summarise(users, extent, "user_time", dataset.items), extent, dataset)
