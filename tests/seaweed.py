@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from dti_ray.storage import Storage
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 BUCKET = "dti"
 START_S = 90
+SERVICES = ("s3", "master", "volume", "filer", "admin")
+GRPC = 10_000  # a service's second port lies so far above the first
 
 
 class Seaweed:
@@ -26,10 +29,13 @@ class Seaweed:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.ports = dict(zip(SERVICES, _free_ports(len(SERVICES)), strict=True))
         self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def port(self) -> int:
+        """Of the S3 interface."""
+        return self.ports["s3"]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -49,7 +55,10 @@ class Seaweed:
         if self.process is not None:
             return
         weed = Path(sys.executable).with_name("weed")
-        command = [weed, "mini", f"-dir={self.folder}", "-ip=127.0.0.1", f"-s3.port={self.port}", f"-bucket={BUCKET}"]
+        command = [
+            weed, "mini", f"-dir={self.folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}", "-webdav=false",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{name}.port={port}" for name, port in self.ports.items()),
+        ]  # fmt: skip
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, env={**os.environ, **KEYS}, stdout=log, stderr=log)
 
@@ -70,3 +79,22 @@ class Seaweed:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that are free and whose gRPC ports are; several servers may then run on one machine."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 50_000)
+        if port not in found and _is_free(port) and _is_free(port + GRPC):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

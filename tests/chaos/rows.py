@@ -89,7 +89,7 @@ def s3_server_down(stage: Stage, seed: int) -> Outcome:
     run.wait_for_step(FAULT_STEP + seed)
     stage.s3.kill()
     time.sleep(DOWN_S)
-    stage.s3.start()
+    stage.start_s3()
     return settled(stage, run, "waits, or restarts, and goes on", time.time(), run.newest_step())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,9 @@ from dti_ray.train.retention import is_cut_off
 from tests.builders import TINY, write_dataset
 from tests.chaos.proxy import Proxy
 from tests.ray_nodes import add_node, start_nodes
+from tests.seaweed import KEYS, Seaweed
 
 ROOT = Path(__file__).parents[2]
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 LENGTHS = [30, 12, 25, 40, 18, 33, 21, 27, 35, 22, 16, 29]
 CPUS = 3  # of a node
 TIMEOUT_S = 20  # of collectives
@@ -58,38 +57,6 @@ def end_all() -> None:
 
 def pass_on(_method: str, _path: str) -> int | None:
     return None
-
-
-class S3:
-    """SeaweedFS's S3 server; it may be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.start()
-
-    def start(self) -> None:
-        weed = Path(sys.executable).with_name("weed")
-        self.log = (self.folder / "log").open("a")
-        self.server = subprocess.Popen(
-            [weed, "mini", f"-dir={self.folder}", "-ip=127.0.0.1", f"-s3.port={self.port}"],
-            env={**os.environ, **KEYS, "S3_BUCKET": "dti"}, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    time.sleep(3)  # the port opens a moment before the bucket is there
-                    return
-            time.sleep(0.3)
-        raise AssertionError(f"the S3 server did not start: {(self.folder / 'log').read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        self.server.kill()
-        self.server.wait(timeout=30)
-        self.log.close()
 
 
 @dataclass
@@ -150,13 +117,13 @@ class Run:
 class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs, self.name = folder, 0, ""
-        self.s3 = S3(_made(folder / "s3"))
+        self.s3 = Seaweed(_made(folder / "s3"))
         self.proxy = Proxy(self.s3.port, pass_on)
 
     def set(self) -> None:
         """Start Ray, lay out the data set, train the run that all others are compared with."""
-        for name, value in {**KEYS, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
-            os.environ[name] = value
+        os.environ.update({**KEYS, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        self.start_s3()
         self.cluster, self.nodes = start_nodes(2, CPUS)
         write_dataset(self.folder / "local", LENGTHS, segment_interactions=30)
         self.storage = Storage(self.root(self.s3.port))
@@ -168,6 +135,10 @@ class Stage:
 
     def root(self, port: int | None = None) -> str:
         return f"s3://dti/chaos?endpoint_override=http://127.0.0.1:{port or self.proxy.port}"
+
+    def start_s3(self) -> None:
+        self.s3.start()
+        self.s3.wait()
 
     def add_node(self) -> Any:
         return add_node(self.cluster, CPUS)
@@ -213,12 +184,14 @@ def spawn(command: list[str], folder: Path, fault: dict[str, Any]) -> Run:
 @contextmanager
 def stage() -> Iterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
-        built = Stage(Path(folder))
+        built, environment = Stage(Path(folder)), dict(os.environ)
         try:
             built.set()
             yield built
         finally:
             built.close()
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> float:

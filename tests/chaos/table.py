@@ -78,7 +78,7 @@ def soak(stage: Stage, seconds: float) -> tuple[int, bool]:
         elif fault == "server":
             stage.s3.kill()
             time.sleep(5)
-            stage.s3.start()
+            stage.start_s3()
         else:
             if fault == "driver":
                 run.process.kill()
