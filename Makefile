@@ -30,7 +30,7 @@ demo: $(READY) ## MovieLens-100K from download to report, on this machine
 
 test test-fast: export HF_HUB_OFFLINE := 1
 
-test: $(READY) ## all tests; of `make chaos` two faults, once each
+test: $(READY) ## all tests; of `make chaos` one fault, once
 	@$(BIN)/python -m pytest -q
 
 test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten seconds

@@ -63,16 +63,25 @@ class JobCluster:
         _kill(self.nodes.pop(index))
         self.add_node()
 
+    def node_of(self, words: str) -> int:
+        """Return the number of the first node on which a process of that name runs."""
+        for index, node in enumerate(self.nodes):
+            for process in psutil.Process(node.pid).children(recursive=True):
+                if words in " ".join(process.cmdline()):
+                    return index
+        raise AssertionError(f"{words} runs on no node")
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a command line of ours that knows this cluster."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "dti_ray.cli", *arguments], cwd=ROOT, env=self.environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        """Start a command of ours that knows this cluster."""
+        return self._begin([sys.executable, "-m", "dti_ray.cli", *arguments])
 
     def call(self, *arguments: str) -> tuple[int, str]:
         """Run one to its end; return its exit code and all that it said."""
-        process = self.start(*arguments)
+        return self.run(sys.executable, "-m", "dti_ray.cli", *arguments)
+
+    def run(self, *command: str) -> tuple[int, str]:
+        """Run any command that knows this cluster to its end; return its exit code and all that it said."""
+        process = self._begin(command)
         told, _ = process.communicate(timeout=2 * WAIT_S)
         return process.returncode, told
 
@@ -80,6 +89,11 @@ class JobCluster:
         """End all nodes."""
         while self.nodes:
             _kill(self.nodes.pop())
+
+    def _begin(self, command: Sequence[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def _start(self, *where: str, cpus: int) -> None:
         command = [

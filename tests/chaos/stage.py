@@ -39,6 +39,7 @@ RUN = [
     "packing.streams=4", "optim.targets_per_step=16", "optim.epochs=3", "train.log_targets=1", "eval.every_targets=300",
     "train.zero_stage=2", "checkpoint.every_steps=5", "checkpoint.keep_last=3", "model.dropout=0.1",
     "checkpoint.patience_s=15", f"cluster.collective_timeout_s={TIMEOUT_S}", "cluster.workers=2",
+    "cluster.setup_timeout_s=120",
     "cluster.cpus_per_worker=2", "train.max_failures=6",
 ]  # fmt: skip
 
