@@ -13,7 +13,7 @@ def wait_until(is_so, seconds: float = 5.0) -> None:
 
 def test_rank_that_stands_still_is_told_with_its_stack_and_ended() -> None:
     told, ended = [], []
-    watch = Watch(0.2, lambda stack, is_waiting: told.append((stack, is_waiting)), ended.append)
+    watch = Watch(0.2, 60, lambda stack, is_waiting: told.append((stack, is_waiting)), ended.append)
     time.sleep(0.5)
     assert not told, "a model may take its time to load"
     watch.beat()
@@ -25,9 +25,29 @@ def test_rank_that_stands_still_is_told_with_its_stack_and_ended() -> None:
     assert not told[0][1]
 
 
+def test_rank_that_is_never_set_up_is_ended_too() -> None:
+    ended: list[int] = []
+    watch = Watch(60, 0.2, lambda *_: None, ended.append)
+    wait_until(lambda: ended)
+    watch.close()
+    assert ended == [EXIT_STUCK]
+
+
+def test_rank_is_ended_even_if_nobody_can_be_told() -> None:
+    ended: list[int] = []
+
+    def tell(*_: object) -> None:
+        raise TimeoutError("the board does not answer")
+
+    watch = Watch(60, 0.2, tell, ended.append)
+    wait_until(lambda: ended)
+    watch.close()
+    assert ended == [EXIT_STUCK]
+
+
 def test_rank_that_beats_is_left_alone() -> None:
     ended: list[int] = []
-    watch = Watch(0.3, lambda *_: None, ended.append)
+    watch = Watch(0.3, 60, lambda *_: None, ended.append)
     for _ in range(20):
         time.sleep(0.03)
         watch.beat()
