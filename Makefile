@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CACHES := .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast chaos check clean
+.PHONY: help setup demo test test-fast cluster chaos check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,11 +30,15 @@ demo: $(READY) ## MovieLens-100K from download to report, on this machine
 
 test test-fast: export HF_HUB_OFFLINE := 1
 
-test: $(READY) ## all tests; of `make chaos` one fault, once
-	@$(BIN)/python -m pytest -q
+test: $(READY) ## all tests but those of `make chaos` and `make cluster`
+	@$(BIN)/python -m pytest -q -m "not chaos and not cluster"
 
 test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten seconds
 	@$(BIN)/python -m pytest -q -m "not slow and not integration"
+
+cluster: export HF_HUB_OFFLINE := 1
+cluster: $(READY) ## jobs on a Ray cluster of three local nodes: sent, killed, sent again (some minutes)
+	@$(BIN)/python -m pytest -q -m cluster
 
 CHAOS_TABLE ?= outputs/chaos.md
 

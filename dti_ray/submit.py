@@ -30,7 +30,6 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-import dti_ray
 from dti_ray.errors import EXIT_BAD_INPUT, EXIT_RUN_FAILED, Fault, InputError, RunError
 
 NAME, CONTENT, STOP = "dti_ray", "dti_ray_content", "dti_ray_stop_s"  # keys of a job's metadata
@@ -256,7 +255,7 @@ def _start(client: JobSubmissionClient, job: Job, job_id: str) -> None:
 
 
 def _copy_code(folder: Path) -> None:
-    package = Path(dti_ray.__file__).parent
+    package = Path(__file__).parent
     for source in (package, package.parent / "jobs"):
         if not source.is_dir():
             hint = "submit from the project's folder, or use --code image"

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from dti_ray.cli.bench import bench_app, estimate
 from dti_ray.cli.data import data_app, prepare
+from dti_ray.cli.doctor import doctor
 from dti_ray.cli.jobs import jobs_app, submit
 from dti_ray.cli.options import Files, Overrides, Root, load
 from dti_ray.cli.runs import demo, evaluate, export, report, train
@@ -28,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
-for command in (demo, prepare, estimate, train, evaluate, tune, report, export):
+for command in (demo, prepare, estimate, doctor, train, evaluate, tune, report, export):
     app.command()(command)
 # What it does not know belongs to the command that it sends.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)

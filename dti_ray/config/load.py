@@ -52,6 +52,7 @@ NOT_IN_HASH = {
     "storage": True,
     "cluster": True,
     "checkpoint": True,
+    "telemetry": True,
     "tune": True,
     "train": {
         "log_targets", "max_failures", "max_skipped", "on_nonfinite", "peak_tflops", "rows_per_pass", "zero_stage",

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dti_ray.config.label import parse_label
 from dti_ray.config.section import Fraction, OpenFraction, PositiveInt, Section
+from dti_ray.config.telemetry import TelemetryConfig
 from dti_ray.config.tune import TuneConfig
 
 
@@ -339,6 +340,9 @@ class ClusterConfig(Section):
     collective_timeout_s: Annotated[int, Field(ge=5)] = Field(
         default=300, description="how long a worker waits for the others, or stands still, before it fails (s)"
     )
+    setup_timeout_s: Annotated[int, Field(ge=5)] = Field(
+        default=1800, description="how long a worker may take until its first step: model files, kernels, rows (s)"
+    )
 
 
 class RunConfig(Section):
@@ -357,6 +361,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     tune: TuneConfig = TuneConfig()
 
     @model_validator(mode="after")

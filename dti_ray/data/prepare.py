@@ -19,12 +19,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.util.metrics import Counter as RayCounter
+from ray.util.metrics import Gauge
 
 from dti_ray.config.schema import DataConfig, RunConfig
 from dti_ray.data import sources
@@ -46,6 +49,8 @@ from dti_ray.data.scatter import EXAMPLES, Scattered, collect_items, first_of_ea
 from dti_ray.data.sequences import Boundaries, boundary_ranks
 from dti_ray.errors import Fault, InputError
 from dti_ray.storage import FileEntry, Storage
+from dti_ray.telemetry.series import RUN
+from dti_ray.telemetry.sinks import SeriesSink, series_tags
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +88,18 @@ def prepare(config: RunConfig, storage: Storage, watch: Watch | None = None) -> 
     if items is None:
         items = item_table(_collect_items(attempt))
     shared = ray.put(items["item_id"].combine_chunks())
-    found, bad_files = _scatter(attempt, shared)
-    _check_bad_fraction(found, data, storage)
-    job = _gathering(attempt, found)
-    partitions = _partitions(attempt)
+    with closing(SeriesSink(Gauge, RayCounter, series_tags("", None, data.name))) as series:
+        found, bad_files = _scatter(attempt, shared)
+        series.add(RUN, {"quarantined_rows": sum(sum(one.refused.values()) for one in found)})
+        _check_bad_fraction(found, data, storage)
+        job = _gathering(attempt, found)
+        partitions = _partitions(attempt)
 
-    def task(partition: int) -> Tree:
-        return gather(partition, job, ray.get(shared), data, storage, folder).tree()
+        def task(partition: int) -> Tree:
+            return gather(partition, job, ray.get(shared), data, storage, folder).tree()
 
-    parts = [Part.parse(tree) for tree in attempt.run(task, partitions, "shard")] if job.blocks else []
-    return _complete(attempt, items, parts, bad_files)
+        parts = [Part.parse(tree) for tree in attempt.run(task, partitions, "shard")] if job.blocks else []
+        return _complete(attempt, items, parts, bad_files)
 
 
 def _existing(data: DataConfig, storage: Storage) -> Dataset | None:

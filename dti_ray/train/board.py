@@ -7,6 +7,7 @@ Invariant: the board outlives the workers, so a new group of them knows why the 
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from ray.actor import ActorProxy
 from ray.train.torch import TorchConfig
 
 from dti_ray.telemetry import Line
+from dti_ray.telemetry.logs import Context, log_line
+from dti_ray.telemetry.series import RUN
 from dti_ray.train.failures import Failure, describe, is_over
 from dti_ray.train.link import Link
 from dti_ray.train.state import Progress
@@ -29,6 +32,7 @@ OnText = Callable[[str], None]
 ASK_S = 0.5
 TELL_S = 10.0
 
+log = logging.getLogger(__name__)
 _sigterm = threading.Event()  # set in a worker's main thread, read by its loop
 
 
@@ -63,6 +67,7 @@ class Board:
     def begin(self) -> tuple[int, bool]:
         """Start a group of workers; return the attempt's number, and whether there is nothing left to do for it."""
         self.attempt += 1
+        self.lines.append((RUN, {"restarts": self.attempt - 1}))
         return self.attempt, self.stop or is_over(self.failures, self.attempt)
 
     @ray.method
@@ -94,15 +99,19 @@ class WorkerLink(Link):
         rank: of this worker.
         attempt: number of the worker group.
         limit_s: `cluster.collective_timeout_s`.
+        setup_s: `cluster.setup_timeout_s`.
+        context: of this process's log records.
     """
 
-    def __init__(self, board: ActorProxy[Board], rank: int, attempt: int, limit_s: float) -> None:
-        self.board, self.rank, self.attempt = board, rank, attempt
+    def __init__(
+        self, board: ActorProxy[Board], rank: int, attempt: int, limit_s: float, setup_s: float, context: Context
+    ) -> None:
+        self.board, self.rank, self.attempt, self.context = board, rank, attempt, context
         self.step = 0
         self.stop, self.ended = threading.Event(), threading.Event()
         self.preempted: object = None
         self.is_preempted = False
-        self.watch = Watch(limit_s, self._stuck)
+        self.watch = Watch(limit_s, setup_s, self._stuck)
         threading.Thread(target=self._ask, daemon=True, name="stop wanted?").start()
 
     def report(self, kind: str, line: Line, progress: Progress) -> None:
@@ -110,6 +119,7 @@ class WorkerLink(Link):
         self.step = progress.step
         if self.rank == 0:
             self.board.put.remote(kind, line)
+            log_line(log, kind, line)
         if kind == "valid":
             ray.train.report({**line, "tokens": progress.tokens})
         else:
@@ -119,12 +129,17 @@ class WorkerLink(Link):
 
     def say(self, text: str) -> None:
         """See `Link`."""
+        log.info("%s", text)
         if self.rank == 0:
             self.board.say.remote(text)
 
     def beat(self) -> None:
         """See `Link`."""
         self.watch.beat()
+
+    def reach(self, step: int) -> None:
+        """See `Link`."""
+        self.context.step = step
 
     def is_stop_wanted(self) -> bool:
         """See `Link`."""
@@ -154,7 +169,8 @@ class WorkerLink(Link):
 
     def _stuck(self, stack: str, is_waiting: bool) -> None:
         where = stack.strip().splitlines()
-        message = f"no progress for {self.watch.limit_s:g} s (cluster.collective_timeout_s); it stands at " + " ".join(
+        setting = "collective_timeout_s" if self.watch.is_set_up else "setup_timeout_s"
+        message = f"no progress for {self.watch.allowed_s:g} s (cluster.{setting}); it stands at " + " ".join(
             line.strip() for line in where[-2:]
         )
         self._tell(Failure(self.rank, self.attempt, self.step, "Stuck", message, stack, is_waiting))

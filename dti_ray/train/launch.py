@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -21,6 +21,7 @@ from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.metrics import Counter, Gauge
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.cluster import this_node
@@ -37,6 +38,11 @@ from dti_ray.model.backbone import build_model
 from dti_ray.model.decoder import absolute_name
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage, absolute
+from dti_ray.telemetry import Line, Sinks, read_lines
+from dti_ray.telemetry.logs import in_worker, log_line, on_driver
+from dti_ray.telemetry.series import RUN
+from dti_ray.telemetry.sinks import LINES, SeriesSink, series_tags
+from dti_ray.telemetry.trackers import check_trackers, open_trackers
 from dti_ray.train.board import Board, ListeningTorchConfig, OnLine, OnText, Relay, WorkerLink
 from dti_ray.train.checkpoint import list_checkpoints
 from dti_ray.train.engine import build_engine
@@ -92,11 +98,12 @@ def check_launch(config: RunConfig, inputs: Inputs | None = None) -> Launch:
         inputs: of a run with the same data, prompt and tokenizer; None opens them here.
 
     Raises:
-        ConfigError: tokenizer, template or capacity do not fit.
+        ConfigError: tokenizer, template or capacity do not fit, or a tracker's package is missing.
         InputError: the data set is not prepared, has no training targets, or the run's name is taken.
         StorageError: the root cannot be reached or written.
     """
     config = anywhere(config)
+    check_trackers(config.telemetry)
     storage = Storage(config.storage.root)
     storage.check_writable()
     check_same_run(config, storage)
@@ -154,14 +161,14 @@ def _check_model(config: RunConfig, table: TokenTable) -> None:
 
 
 def launch(
-    job: Launch, on_line: OnLine, on_text: OnText = log.info, table: ray.ObjectRef[TokenTable] | None = None
+    job: Launch, on_line: OnLine, on_text: OnText | None = None, table: ray.ObjectRef[TokenTable] | None = None
 ) -> Progress:
     """Run the training and return where it ended.
 
     Args:
         job: from `check_launch`; Ray must be running. A run that is finished is not trained again.
         on_line: called in this process with each line of metrics, as (kind, line); True ends the run, its state saved.
-        on_text: called with what there is to say besides: what was restored, refused, left out.
+        on_text: called with what there is to say besides: what was restored, refused, left out. It is logged, too.
         table: the job's token table, where it lies in the object store already.
 
     Raises:
@@ -169,11 +176,12 @@ def launch(
         StoppedError: SIGTERM or `on_line` ended the run; its state is kept.
     """
     if (progress := finished(job)) is not None:
-        return progress
+        with _followed(job, on_line, on_text):  # a tracker that was away when it ended hears of it now
+            return progress
     write_identity(job.config, job.storage, job.tokenizer)
     board = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=this_node()).remote()
     lost: Exception | None = None
-    with Relay(board, on_line, on_text):
+    with _followed(job, on_line, on_text) as (hear, listen), Relay(board, hear, listen):
         try:
             _trainer(job, WorkerParts(job.config, table or ray.put(job.table), board)).fit()
         except ray.train.TrainingFailedError as error:
@@ -186,6 +194,35 @@ def launch(
     if lost is None and ray.get(board.is_stop_wanted.remote()):
         raise StoppedError(Fault(f"run {job.config.train.run}", f"stopped at step {progress.step}", hint=GO_ON))
     raise _run_error(job, failures, lost)
+
+
+@contextmanager
+def _followed(job: Launch, on_line: OnLine, on_text: OnText | None) -> Iterator[tuple[OnLine, OnText]]:
+    """Let a run be followed on the driver: by the caller, the log, Ray's metrics, the trackers that are asked for."""
+    config, storage, telemetry = job.config, job.storage, job.config.telemetry
+    earlier = {kind: read_lines(storage, job.folder, kind) for kind in LINES}
+    identity = storage.read(f"{job.folder}/meta.json")
+    tags = series_tags(config.train.run, telemetry.group, config.data.name)
+    trackers = open_trackers(config, identity, job.total_targets, earlier)
+    sinks = Sinks(SeriesSink(Gauge, Counter, tags), *trackers)
+    with on_driver(telemetry.log_format, config.train.run) as context, closing(sinks):
+        quarantined = sum(job.dataset.quarantined.values())
+        sinks.add(RUN, {"targets_planned": job.total_targets, "quarantined_rows": quarantined, "restarts": 0})
+
+        def hear(kind: str, line: Line) -> bool | None:
+            sinks.add(kind, line)
+            if kind == RUN:
+                return None
+            context.step = int(line["step"])
+            log_line(log, kind, line)
+            return on_line(kind, line)
+
+        def listen(text: str) -> None:
+            log.info("%s", text)
+            if on_text is not None:
+                on_text(text)
+
+        yield hear, listen
 
 
 def finished(job: Launch) -> Progress | None:
@@ -244,7 +281,9 @@ def _train_worker(job: dict[str, WorkerParts]) -> None:
     attempt, is_over = world.gather(ray.get(parts.board.begin.remote()) if world.rank == 0 else None)[0]
     if is_over:
         return
-    link = WorkerLink(parts.board, world.rank, attempt, cluster.collective_timeout_s)
+    context = in_worker(parts.config.telemetry.log_format, parts.config.train.run, world.rank)
+    limits = (cluster.collective_timeout_s, cluster.setup_timeout_s)
+    link = WorkerLink(parts.board, world.rank, attempt, *limits, context)
     nodes = world.gather(f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}")
     link.say(f"attempt {attempt}: {world.size} workers on {', '.join(dict.fromkeys(nodes))}")
     try:

@@ -16,6 +16,9 @@ class Link:
     def beat(self) -> None:
         """Say that this rank is still at work."""
 
+    def reach(self, step: int) -> None:
+        """Say how many optimizer steps are done."""
+
     def is_stop_wanted(self) -> bool:
         """Say whether the run is to be saved and ended."""
         return False

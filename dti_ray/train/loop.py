@@ -146,6 +146,7 @@ class Trainer:
             StorageError: a state could not be written in time.
         """
         progress, tally = self.restore()
+        self.link.reach(progress.step)
         rows = (rows_at or self.rows_at)(progress.position)
         sink = MetricSink(self.storage, self.folder, progress.step) if self.world.rank == 0 else None
         progress = self.validate_and_save(sink, progress, tally)
@@ -159,6 +160,7 @@ class Trainer:
             if not math.isfinite(grad_norm):
                 progress = self.leave_out(step, progress, suspect)
             before, progress = progress, self.advance(progress, step, time.monotonic() - started)
+            self.link.reach(progress.step)
             is_last = progress.targets >= self.rows.total_targets
             if is_last or _crossed(before, progress, self.config.train.log_targets):
                 progress = self.log(sink, tally, progress, lr, grad_norm)
@@ -321,6 +323,7 @@ class Trainer:
             "padding": 1.0 - tokens / padded,
             "data_wait": wait / self.world.size / elapsed,
             "checkpoint_s": blocked / self.world.size,
+            "skipped": progress.skipped,
             "seconds": progress.seconds,
         }
         if self.peak_flops is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from dti_ray.doctor.check import Check, Look, Status, result
@@ -79,14 +80,19 @@ def test_gpus_are_looked_for_on_the_nodes_that_claim_them(nodes: Cluster, tmp_pa
     assert found["resources"].status is Status.PASS
 
 
-def test_wrong_token_is_refused_in_words(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+@pytest.mark.parametrize("mode", ["token", "disabled"])
+def test_token_that_is_wrong_or_not_shown_is_refused_in_words(
+    mode: str, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ray.get_runtime_context().gcs_address  # what `ray.init` starts asks for a token
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with pytest.raises((RuntimeError, TimeoutError)) as caught:
-        ask_cluster(Request(nodes.address, Question(), 30), limit_s=60)
-    check = check_joined(nodes.address, caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        ask_cluster(Request(address, Question(), 30), limit_s=120)
+    check = check_joined(address, caught.value)
     assert check.status is Status.FAIL
-    assert "RAY_AUTH_TOKEN" in check.advice, check
+    assert f"{address} wants a token: RPC error: InvalidAuthToken" in check.found
+    assert "RAY_AUTH_TOKEN" in check.advice
 
 
 def test_port_that_is_not_rays_is_not_waited_for() -> None:
@@ -100,18 +106,22 @@ def test_port_that_is_not_rays_is_not_waited_for() -> None:
     assert check_joined("there", caught.value).status is Status.FAIL
 
 
+@pytest.mark.slow
 def test_node_that_stands_still_is_named_and_the_others_answer(nodes: Cluster) -> None:
-    frozen = nodes.add_node(num_cpus=1, object_store_memory=MEMORY)
+    frozen = nodes.add_node(num_cpus=1, object_store_memory=MEMORY, resources={"frozen": 1})
+    time.sleep(5)  # until all others know of it
     raylet = frozen.all_processes["raylet"][0].process.pid
     os.kill(raylet, signal.SIGSTOP)
     try:
-        found = ask_cluster(Request(nodes.address, Question(), 25), limit_s=90)
+        found = ask_cluster(Request(nodes.address, Question(), 30), limit_s=120)
     finally:
         os.kill(raylet, signal.SIGCONT)
         nodes.remove_node(frozen)
-    silent = [node for node in found.nodes if node.machine is None]
     assert len(found.nodes) == 4
-    assert [node.trouble for node in silent] == ["no answer within 25 s"]
+    silent = [node for node in found.nodes if node.machine is None]
+    assert [list(node.resources) for node in silent if "frozen" in node.resources], silent
+    assert {node.trouble for node in silent} == {"no answer within 30 s"}
+    assert len(silent) == 1
 
 
 def test_object_store_answers_and_its_clock_agrees(seaweed: Seaweed) -> None:
@@ -121,13 +131,10 @@ def test_object_store_answers_and_its_clock_agrees(seaweed: Seaweed) -> None:
     assert Storage(seaweed.root("clock")).list("") == []
 
 
-def test_wrong_keys_and_missing_bucket_are_refused_in_words(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = seaweed.root("x").replace("s3://dti/", "s3://nobodys/")
-    found = result("storage", Look(lambda: reach(missing)), 30)
-    assert isinstance(found, Check)
-    assert found.status is Status.FAIL
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+def test_wrong_key_is_refused_in_words_that_do_not_hold_it(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-key")
     found = result("storage", Look(lambda: reach(seaweed.root("keys"))), 30)
     assert isinstance(found, Check)
     assert found.status is Status.FAIL
-    assert "wrong" not in found.found.split(), "a key is not told"
+    assert "cannot be listed" in found.found
+    assert "not-the-key" not in found.found + found.advice

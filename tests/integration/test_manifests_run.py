@@ -25,9 +25,14 @@ SMALL = {
     "model": {"layers": 1, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 48},
     "packing": {"k": 4, "n": 3, "window": "off", "row_tokens": 512},
     "optim": {"lr": 1e-3, "epochs": 1, "targets_per_step": 32},
-    "eval": {"every_targets": 10_000, "bootstrap": 100},
+    "eval": {"every_targets": 200, "bootstrap": 100},
 }
-SPACE = {"tune": {"sweep": "two", "space": {"packing.k": {"grid": [2, 4]}}, "search": "grid", "max_concurrent": 2}}
+SPACE = {
+    "tune": {
+        "sweep": "two", "space": {"packing.k": {"grid": [2, 4]}}, "search": "grid", "scheduler": "none",
+        "max_concurrent": 2,
+    }
+}  # fmt: skip
 
 
 @pytest.fixture

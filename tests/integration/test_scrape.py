@@ -19,7 +19,7 @@ from dti_ray.telemetry.series import SERIES
 from dti_ray.train.launch import check_launch, launch
 from tests.builders import make_config, write_dataset
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 PATIENCE_S = 120  # Ray's processes report every 10 s
 
@@ -42,11 +42,13 @@ def test_scrape_during_a_run_shows_every_declared_series_with_its_tags(tmp_path:
             found.update({sample.name: sample for sample in samples() if sample.labels.get("run") == "scraped"})
         is_seen.set()
 
+    looker = threading.Thread(target=look)
+
     def on_line(_kind: str, _line: Line) -> bool:
+        if looker.ident is None:
+            looker.start()
         return is_seen.is_set()
 
-    looker = threading.Thread(target=look)
-    looker.start()
     with pytest.raises(StoppedError):
         launch(job, on_line)
     looker.join()

@@ -31,7 +31,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 OTHER_VALUES = (
     True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
     "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap", ["title"],
-    "skip", "tpe", "log_loss", "median", [1], [{"packing.k": 5}],
+    "skip", "tpe", "log_loss", "median", "json", [1], [{"packing.k": 5}],
     {"packing.k": {"choice": [1, 2]}, "optim.lr": {"uniform": [0.1, 0.2]}},
 )  # fmt: skip
 
@@ -333,7 +333,7 @@ FREE = {
 @pytest.mark.parametrize("key", list(leaves()))
 def test_hash_names_what_is_learnt_and_not_where(key: str) -> None:
     other = changed(ANY, key)
-    is_where = key.startswith(("storage.", "cluster.", "checkpoint.", "tune.")) or key in FREE
+    is_where = key.startswith(("storage.", "cluster.", "checkpoint.", "telemetry.", "tune.")) or key in FREE
     assert (config_hash(other) == config_hash(ANY)) == is_where
     assert [fault.where for fault in differences(ANY, other)] == ([] if is_where else [key])
 

@@ -1,4 +1,4 @@
-"""What a run tells the world while it runs: JSON Lines and TensorBoard below its folder.
+"""The files that a run fills while it runs: JSON Lines and TensorBoard below its folder.
 
 Stage: beside training. In: named numbers at a step. Out: `metrics/*.jsonl` and `tensorboard/`.
 Invariant: a line that was flushed stays; a run that goes on from step s drops what it had said after s, so
@@ -13,11 +13,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dti_ray.storage import Storage
-
-Line = dict[str, float]
+from dti_ray.telemetry.sinks import LINES, Line
 
 
 class MetricSink:
@@ -30,9 +27,11 @@ class MetricSink:
     """
 
     def __init__(self, storage: Storage, run_folder: str, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # whoever only reads lines need not wait for torch
+
         self.storage, self.run_folder = storage, run_folder
         self.lines: dict[str, list[Line]] = {}
-        for kind in ("train", "valid"):
+        for kind in LINES:
             earlier = read_lines(storage, run_folder, kind)
             self.lines[kind] = [line for line in earlier if line["step"] <= start_step]
         self.events = Path(tempfile.mkdtemp(prefix="dti-ray-tensorboard-"))

@@ -1,0 +1,1 @@
+"""What a run needs of machines, storage and cluster, looked at before it is started."""
