@@ -14,7 +14,7 @@ from dti_ray.telemetry.courier import Entry, TrackedRun
 from dti_ray.telemetry.sinks import LINES
 
 if TYPE_CHECKING:  # an extra: imported by the courier's thread
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric, Run  # pyright: ignore[reportMissingImports]
 
 EXPERIMENT = "dti_ray"
 TAG = "dti_ray.id"
@@ -35,7 +35,7 @@ class MlflowTracker:
     def __init__(self, uri: str, run: TrackedRun) -> None:
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
         self.client = MlflowClient(tracking_uri=uri)
         found = self._find_or_create(run)
@@ -64,7 +64,7 @@ class MlflowTracker:
         return found[0] if found else self.client.create_run(number, run_name=run.name, tags=tags)
 
     def _describe(self, run: TrackedRun) -> None:
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
         params = [Param(key, str(value)) for key, value in run.config.items()]
         for start in range(0, len(params), MOST_PARAMS):
@@ -72,7 +72,7 @@ class MlflowTracker:
 
 
 def _metrics(entry: Entry) -> Iterator[Metric]:
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
     for name, value in entry.line.items():
         yield Metric(f"{entry.kind}/{name}", value, int(1000 * entry.at_s), int(entry.line["targets"]))

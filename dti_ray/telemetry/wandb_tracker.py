@@ -27,7 +27,7 @@ class WandbTracker:
     """
 
     def __init__(self, project: str, run: TrackedRun) -> None:
-        import wandb  # an extra: imported by the courier's thread
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
 
         self.run = wandb.init(
             project=project, id=run.id, name=run.name, group=run.group, config=dict(run.config),
@@ -53,7 +53,7 @@ class WandbTracker:
 
 def check_key() -> Fault | None:
     """Return what is wrong with the key for W&B's server, unless nothing shall be sent; never asks a person."""
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     try:
         mode = wandb.setup(wandb.Settings(silent=True)).settings.mode

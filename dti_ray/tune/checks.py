@@ -17,6 +17,7 @@ from dti_ray.data.pipeline import TrainingRows
 from dti_ray.errors import ConfigError, Fault, InputError
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage
+from dti_ray.telemetry.trackers import check_trackers
 from dti_ray.train.launch import Inputs, anywhere, check_fits, open_inputs
 from dti_ray.tune.keeper import config_of
 from dti_ray.tune.ledger import RunState
@@ -57,6 +58,7 @@ def check_sweep(config: RunConfig) -> Sweep:
         StorageError: the root cannot be reached or written.
     """
     config = anywhere(config)
+    check_trackers(config.telemetry)
     check_plan(config.tune)
     check_space(config, config.tune.space)
     first = plan_first(config, [])

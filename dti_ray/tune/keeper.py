@@ -240,6 +240,7 @@ class Keeper:
 def config_of(base: RunConfig, params: Mapping[str, object], run: RunState, trials: int) -> RunConfig:
     """Return the configuration of one run of a trial; `trials` share the sweep's budget."""
     changed = {"optim.lr": run.changes[-1].lr} if run.changes else {}
-    own = {"train.run": run.folder, "train.seed": run.seed}
+    group = base.telemetry.group or base.tune.sweep
+    own = {"train.run": run.folder, "train.seed": run.seed, "telemetry.group": group}
     budget = {} if base.tune.max_gb is None else {"checkpoint.max_gb": states_gb(base.tune, trials)}
     return with_values(base, {**params, **changed, **own, **budget}).model_copy(update={"tune": TuneConfig()})
