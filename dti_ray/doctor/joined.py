@@ -128,10 +128,12 @@ def _answer(asked: ObjectRef[str]) -> tuple[Machine | None, str]:
 
 
 def _is_autoscaled(gcs_address: str) -> bool:
-    """Say whether an autoscaler has reported to the cluster's head."""
+    """Say whether an autoscaler (its version 2) reports to the head; one that only watches knows no instances."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    return int(get_cluster_status(gcs_address).stats.autoscaler_version or 0) > 0
+    status = get_cluster_status(gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return int(status.stats.autoscaler_version or 0) > 0 and any(node.instance_id for node in nodes)
 
 
 if __name__ == "__main__":
