@@ -81,7 +81,7 @@ def refused(name: str, error: DtiRayError) -> Check:
         f"{fault.where}: {fault.problem}{f'; expected {fault.expected}' if fault.expected else ''}"
         for fault in error.faults
     )
-    hints = dict.fromkeys(fault.hint for fault in error.faults if fault.hint)
+    hints = dict.fromkeys(fault.hint.rstrip(":") for fault in error.faults if fault.hint)
     return failed(name, found, "; ".join(hints))
 
 

@@ -88,7 +88,7 @@ def check_reach(machines: Sequence[Machine]) -> Check:
     if blind := [f"{', '.join(machine.missing)} on {machine.host}" for machine in machines if machine.missing]:
         advice = "use an object store or a folder that all nodes share; put model files there or into the image"
         return failed(name, f"not there: {'; '.join(blind)}", advice)
-    return passed(name, f"all {len(machines)} nodes that answered reach the root and the model's files")
+    return passed(name, f"{_count(len(machines), 'node')} reached the root and the model's files")
 
 
 def check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], is_autoscaled: bool) -> Check:
@@ -105,7 +105,7 @@ def check_resources(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]
     cpus_wanted = cluster.workers * cluster.cpus_per_worker + cluster.data_cpus
     have = ", ".join(f"{_count(node.get('CPU', 0), 'CPU')} {_count(node.get('GPU', 0), 'GPU')}" for node in nodes)
     if fit < cluster.workers or cpus < cpus_wanted:
-        lack = f"of {wanted} {fit} fit" if fit < cluster.workers else f"{wanted} leave none of {cpus:g} CPUs to packing"
+        lack = f"{fit} of {wanted} fit" if fit < cluster.workers else f"{wanted} leave none of {cpus:g} CPUs to packing"
         if is_autoscaled:
             return warned(name, f"{lack} now", "the autoscaler has to bring the rest: see its limits, and the quota")
         advice = "lower cluster.workers or what each takes, or add nodes"

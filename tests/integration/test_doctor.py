@@ -25,7 +25,7 @@ from tests.builders import make_config, write_dataset
 from tests.ray_nodes import MEMORY, start_nodes
 from tests.seaweed import Seaweed
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_cluster_that_is_too_small_fails_and_a_folder_is_looked_for_on_every_nod
 ) -> None:
     found = checks_of(str(tmp_path), nodes.address, "cluster.workers=4", "cluster.cpus_per_worker=2")
     assert failed(found) == ["resources"]
-    assert "of 4 workers with 2 CPUs each 2 fit" in found["resources"].found
+    assert "2 of 4 workers with 2 CPUs each fit" in found["resources"].found
     assert found["node storage"].status is Status.PASS, "all nodes are this machine, and see its folders"
 
 

@@ -124,10 +124,10 @@ def test_node_that_does_not_see_what_the_driver_sees_fails() -> None:
         ([{"CPU": 5, "GPU": 2}] * 2 + [{"CPU": 4}], False, Status.PASS, "fit 3 nodes"),
         ([{"CPU": 4, "GPU": 2}] * 2 + [{"CPU": 4}], False, Status.WARN, "fill their nodes"),
         ([{"CPU": 8, "GPU": 4}], False, Status.FAIL, "leave none of 8 CPUs to packing"),
-        ([{"CPU": 16, "GPU": 2}], False, Status.FAIL, "of 4 workers with 2 CPUs and 1 GPU each 2 fit"),
-        ([{"CPU": 16}], False, Status.FAIL, "0 fit; nodes have 16 CPUs 0 GPUs"),
-        ([{"CPU": 1}], True, Status.WARN, "0 fit now"),
-        ([], False, Status.FAIL, "0 fit"),
+        ([{"CPU": 16, "GPU": 2}], False, Status.FAIL, "2 of 4 workers with 2 CPUs and 1 GPU each fit"),
+        ([{"CPU": 16}], False, Status.FAIL, "0 of 4 workers with 2 CPUs and 1 GPU each fit; nodes have 16 CPUs 0 GPUs"),
+        ([{"CPU": 1}], True, Status.WARN, "0 of 4 workers with 2 CPUs and 1 GPU each fit now"),
+        ([], False, Status.FAIL, "0 of 4"),
     ],
 )
 def test_workers_must_fit_nodes_and_leave_a_cpu(
