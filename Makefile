@@ -29,16 +29,19 @@ demo: $(READY) ## MovieLens-100K from download to report, on this machine
 	@$(BIN)/dti-ray demo
 
 test test-fast: export HF_HUB_OFFLINE := 1
+# One process a core for tests that need no cluster: one thread each, or they stand in each other's way.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit -n logical --maxprocesses 8 --dist worksteal
 
-test: $(READY) ## all tests but those of `make chaos` and `make cluster`
-	@$(BIN)/python -m pytest -q -m "not chaos and not cluster"
+test: $(READY) ## all tests but the long ones, which `make cluster` and `make chaos` have
+	@$(UNIT)
+	@$(BIN)/python -m pytest -q tests/integration -m "not long" --durations 15
 
 test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten seconds
-	@$(BIN)/python -m pytest -q -m "not slow and not integration"
+	@$(UNIT) -m "not slow and not integration"
 
 cluster: export HF_HUB_OFFLINE := 1
-cluster: $(READY) ## jobs on a Ray cluster of three local nodes: sent, killed, sent again (some minutes)
-	@$(BIN)/python -m pytest -q -m cluster
+cluster: $(READY) ## jobs on a Ray cluster of three local nodes, and a killed sweep (a quarter of an hour)
+	@$(BIN)/python -m pytest -q -m "cluster or (long and not chaos)"
 
 CHAOS_TABLE ?= outputs/chaos.md
 

@@ -13,6 +13,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dti_ray.config import ClusterConfig
+from dti_ray.errors import ConfigError, Fault
+
+log = logging.getLogger(__name__)
 
 
 def connect(cluster: ClusterConfig, runs: int = 1) -> None:
@@ -41,6 +44,48 @@ def connect(cluster: ClusterConfig, runs: int = 1) -> None:
     )
 
 
+def check_room(cluster: ClusterConfig) -> None:
+    """Refuse workers of which no node can hold one, unless an autoscaler may bring such a node.
+
+    Raises:
+        ConfigError: they would be waited for without an end.
+    """
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+        return
+    problem = f"no node has {cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker:g} GPUs for a worker"
+    if not is_autoscaled():
+        expected = "cluster.cpus_per_worker and cluster.gpus_per_worker that a node has"
+        raise ConfigError(Fault("cluster", problem, expected, "cluster.gpus_per_worker=0 computes on CPUs"))
+    log.warning("%s: waiting for one", problem)
+
+
+def is_autoscaled() -> bool:
+    """Say whether an autoscaler (its version 2) reports to the head; one that only watches knows no instances."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return int(status.stats.autoscaler_version or 0) > 0 and any(node.instance_id for node in nodes)
+
+
 def this_node() -> NodeAffinitySchedulingStrategy:
     """Place an actor where this process runs: a node of its own could die before this process does."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+class Starts:
+    """Counts, as an actor, the starts of workers: Ray Data starts one that has died again and again, without an end.
+
+    It stands here because its process imports what stands beside it, and needs nothing of a model.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @ray.method
+    def add(self) -> int:
+        """Count one more; return how many there were."""
+        self.count += 1
+        return self.count

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a wrong option must not wait for torch
     from dti_ray.data.interactions import Dataset
     from dti_ray.data.stats import Check, Lengths, SplitStats, Stats, TextStats, TimeBin
     from dti_ray.estimate import Cost
-    from dti_ray.infer.evaluate import Evaluation
+    from dti_ray.infer.outcome import Evaluation
     from dti_ray.metrics import Estimate, Metrics
     from dti_ray.telemetry import Line
 
@@ -128,6 +128,16 @@ def show_dataset(dataset: Dataset) -> None:
     console.print(table)
 
 
+def show_scores(folder: str, rows: int, pairs: int, counts: Mapping[str, int]) -> None:
+    """Print how much was scored, and what the policies did."""
+    table = Table(title=folder, title_justify="left", show_header=False)
+    table.add_row("rows in, rows out", f"{rows:,}")
+    table.add_row("pairs", f"{pairs:,}")
+    for name, count in counts.items():
+        table.add_row(name.replace("_", " "), f"{count:,}")
+    console.print(table)
+
+
 def show_stats(stats: Stats) -> None:
     """Print what a prepared log looks like, and whether its splits leak."""
     table = Table(title=f"data set {stats.name}", title_justify="left", show_header=False)
@@ -154,21 +164,32 @@ def show_stats(stats: Stats) -> None:
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print the model beside the baselines, with 95 % intervals."""
+    """Print the model under each protocol beside the baselines, with 95 % intervals, and what it cost."""
     table = Table(
-        title=f"{evaluation.split} split, {evaluation.protocol} inference, n = {evaluation.n}, "
+        title=f"{evaluation.split} split, n = {evaluation.n}, "
         f"{evaluation.metrics.targets:,} targets of {evaluation.metrics.users:,} users",
         title_justify="left",
     )
-    columns = {"model": evaluation.metrics, **evaluation.baselines}
+    models = {f"model, {result.protocol}": result.metrics for result in evaluation.results}
+    columns = {**models, **evaluation.baselines}
     table.add_column("metric")
     for name in columns:
-        table.add_column(name, justify="right", style="bold" if name == "model" else None)
+        table.add_column(name, justify="right", style="bold" if name in models else None)
     for field, label in METRICS.items():
         table.add_row(label, *(_interval(metrics, field) for metrics in columns.values()))
     console.print(table)
     left_out = evaluation.metrics.gauc_users_left_out
     console.print(f"95 % intervals by a bootstrap over users; {left_out} users with one class only are not in GAUC")
+    for result in evaluation.results:
+        each = result.tokens / result.metrics.targets
+        console.print(
+            f"{result.protocol}: {result.tokens:,} tokens, {each:,.1f} per target; "
+            f"{result.tokens_per_s:,.0f} tokens/s, {result.targets_per_s:,.0f} targets/s of a worker"
+        )
+    if evaluation.difference:
+        names = " - ".join(result.protocol for result in reversed(evaluation.results))
+        parts = (f"{METRICS[name]} {_signed(estimate)}" for name, estimate in evaluation.difference.items())
+        console.print(f"{names}, paired: {', '.join(parts)}")
 
 
 def show_bench(what: str, rows: Sequence[Mapping[str, object]], facts: Mapping[str, object]) -> None:
@@ -188,7 +209,8 @@ def show_costs(costs: Sequence[Cost], gpu: str, memory_gb: int, mfu: float) -> N
     table = Table(title=f"{gpu} of {memory_gb} GB, MFU {mfu:.0%} (assumed)", title_justify="left")
     table.add_column("")
     for cost in costs:
-        table.add_column("sliding window" if cost.k == 1 else f"k = {cost.k}", justify="right")
+        k = f"k = {cost.k}" if cost.k_min is None else f"k = {cost.k_min} to {cost.k}"
+        table.add_column("sliding window" if cost.k == 1 else k, justify="right")
     lines: dict[str, Callable[[Cost], str]] = {
         "tokens (M)": lambda cost: f"{cost.tokens / 1e6:,.1f}",
         "FLOPs (P)": lambda cost: f"{cost.flops / 1e15:,.3g}",
@@ -300,6 +322,10 @@ def _figure(name: str, value: object) -> str:
 def _interval(metrics: Metrics, field: str) -> str:
     estimate: Estimate = getattr(metrics, field)
     return f"{estimate.value:.4f} [dim]{estimate.low:.3f} – {estimate.high:.3f}[/]"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.4f} [dim]{estimate.low:+.4f} to {estimate.high:+.4f}[/]"
 
 
 def _duration(seconds: float) -> str:

@@ -63,6 +63,7 @@ class Cost:
         device_hours: on devices of the given peak at the given MFU.
         memory: of one rank.
         pass_tokens: tokens of one forward pass of one rank.
+        k_min: fewest targets of a prompt, where they are a mixture.
     """
 
     k: int | str
@@ -71,6 +72,7 @@ class Cost:
     device_hours: float
     memory: Memory
     pass_tokens: int
+    k_min: int | None = None
 
 
 def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops: float, mfu: float) -> list[Cost]:
@@ -104,7 +106,8 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
             logits=2 * LOGIT_BYTES * round(pass_tokens * work.sums / work.tokens),
         )
         hours = flops / (peak_flops * mfu) / 3600
-        costs.append(Cost(k, round(work.tokens * scale), flops, hours, memory, pass_tokens))
+        tokens = round(work.tokens * scale)
+        costs.append(Cost(k, tokens, flops, hours, memory, pass_tokens, changed.packing.k_min))
     return [costs[0], *(_with_tail(cost, costs[0], config.optim.sliding_tail) for cost in costs[1:])]
 
 
@@ -139,18 +142,20 @@ def _with_tail(cost: Cost, sliding: Cost, tail: float) -> Cost:
 
 
 def _with_k(packing: PackingConfig, k: int | str) -> PackingConfig:
-    return PackingConfig.model_validate({**packing.model_dump(), "k": k})
+    """Return the same with another k for every prompt, or as it is."""
+    return packing if k == packing.k else packing.model_copy(update={"k": k, "k_min": None})
 
 
 def _sample(config: RunConfig, dataset: Dataset, table: TokenTable, shape: ClickModel) -> tuple[list[PackedRow], Work]:
     """Pack some segments, drawn at random, as training would."""
-    spec = pack_spec(config.packing, config.prompt.context, TRAIN)
+    spec = pack_spec(config.packing, config.prompt.context, TRAIN, k_min=config.packing.k_min)
     check_capacity(spec, table)
-    order = np.random.default_rng(derive_seed(config.train.seed, "estimate")).permutation(len(dataset.segments))
+    rng = np.random.default_rng(derive_seed(config.train.seed, "estimate"))
+    order = rng.permutation(len(dataset.segments))
     drawn = np.cumsum([dataset.segments[i].targets[TRAIN] for i in order])
     chosen = order[: int(np.searchsorted(drawn, SAMPLE_TARGETS)) + 1]
     users = concatenate([read_segment(dataset, dataset.segments[i]) for i in chosen])
-    rows = list(pack(users, table, spec))
+    rows = list(pack(users, table, spec, rng=None if spec.k_min is None else rng))
     if not rows:
         hint = "check data.split and packing.min_context"
         raise InputError(Fault(f"data set {dataset.name}", "has no train targets", hint=hint))

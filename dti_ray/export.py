@@ -1,7 +1,8 @@
 """A run's best state as others read it: a merged Hugging Face model, and under LoRA an adapter in peft's layout.
 
 Stage: after training. In: a run. Out: a folder `merged/` (model and tokenizer), `adapter/` where a decoder was adapted,
-and `dti_ray.json`, which says how to ask.
+`dti_ray.json`, which says how to ask, and for `CtrModel` the configuration, the catalogue's tokens and `tokenizer/`,
+the run's own, to which the five tokens below are words like any other.
 Invariant: both are read back and give the run's log-odds to 1e-4 before anything is written; no tensor is empty.
 
 Markers and label rows stand beside the decoder in training. Here they become five tokens behind its vocabulary, so
@@ -9,6 +10,7 @@ that no token of the decoder's own changes, tied embeddings or not:
 
     prompt: item tokens, <|yes|> or <|no|>, next item ..., the item asked for, <|sum|>
     log-odds of a click: logit of <|answer_yes|> - logit of <|answer_no|> at <|sum|>, + `log_odds_bias`
+    calibrated, where `calibration` is not null: log-odds / temperature + bias
 
 A plain model knows causal attention alone: what a run's prefix (met without rotation), debias and reset add is no
 part of any weight. `dti_ray.json` names them, and the comparison leaves them out on both sides.
@@ -19,28 +21,32 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
+from pyarrow import parquet as pq
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dti_ray.config import DebiasConfig, ResetConfig, RunConfig
-from dti_ray.config.schema import Window
-from dti_ray.data.interactions import open_dataset, read_all
+from dti_ray.config import DebiasConfig, ResetConfig, RunConfig, Window, to_yaml
+from dti_ray.data.interactions import Dataset, UserSequences, open_dataset, read_all, read_items
 from dti_ray.data.packing import PackedRow
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import Fault, RunError
-from dti_ray.infer.evaluate import sliding_rows
+from dti_ray.infer.calibration import Calibration, fit_calibration
+from dti_ray.infer.evaluate import score_rows, sliding_rows
 from dti_ray.model.backbone import ClickModel, build_model
 from dti_ray.model.batch import collate
 from dti_ray.model.decoder import load_decoder_config, load_whole
 from dti_ray.storage import Storage
 from dti_ray.train.checkpoint import Checkpoint, read_best
+from dti_ray.train.engine import as_trained
+from dti_ray.train.host import training_device
 from dti_ray.train.tokens import tokenizer_and_table
 
 if TYPE_CHECKING:
@@ -49,7 +55,8 @@ if TYPE_CHECKING:
 TOKENS = ("<|sum|>", "<|no|>", "<|yes|>", "<|answer_no|>", "<|answer_yes|>")
 TOLERANCE = 1e-4  # of logits, relative where they are larger than 1
 SAMPLE, ROWS = 2_000, 2  # valid targets to choose from, rows of them that are compared
-MERGED, ADAPTER = "merged", "adapter"
+MERGED, ADAPTER, TOKENIZER = "merged", "adapter", "tokenizer"
+HOW_FILE, CONFIG_FILE, ITEM_TOKENS_FILE = "dti_ray.json", "config.yaml", "item_tokens.parquet"
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +70,14 @@ class Exported:
         parts: `merged`, and `adapter` where there is one.
         largest_difference: of any log-odds, read back, to the run's.
         size_bytes: of all files.
+        calibration: fitted on the validation split, if that was asked for.
     """
 
     checkpoint: str
     parts: tuple[str, ...]
     largest_difference: float
     size_bytes: int
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -92,13 +101,14 @@ class _Rows:
         return torch.cat([torch.zeros_like(self.markers), self.labels])
 
 
-def export_run(config: RunConfig, storage: Storage, to: str) -> Exported:
+def export_run(config: RunConfig, storage: Storage, to: str, calibrate: bool = False) -> Exported:
     """Write a run's best state for others.
 
     Args:
         config: as stored with the run.
         storage: the root.
         to: folder or URI.
+        calibrate: fit temperature and bias on the validation split.
 
     Raises:
         InputError: the run has no usable state.
@@ -113,11 +123,17 @@ def export_run(config: RunConfig, storage: Storage, to: str) -> Exported:
     plain, bare = _plain(config), replace(table, prefix=table.prefix[:0])
     model = build_model(plain, table).eval()
     model.load_trained(weights)
-    prompts = sliding_rows(read_all(dataset), bare, plain, "valid", SAMPLE)[:ROWS]
+    sequences = read_all(dataset)
+    calibration = _calibrate(config, table, sequences, weights) if calibrate else None
+    prompts = sliding_rows(sequences, bare, plain, "valid", SAMPLE)[:ROWS]
     with tempfile.TemporaryDirectory(prefix="dti-ray-export-") as local:
         folder = Path(local)
         parts = _write_models(folder, config, model, tokenizer, table)
-        (folder / "dti_ray.json").write_text(json.dumps(_how_to_ask(config, model, table, checkpoint), indent=1))
+        how = _how_to_ask(config, model, table, checkpoint)
+        how["calibration"] = None if calibration is None else asdict(calibration)
+        (folder / HOW_FILE).write_text(json.dumps(how, indent=1))
+        (folder / CONFIG_FILE).write_text(to_yaml(config))
+        pq.write_table(_item_tokens(dataset, table), folder / ITEM_TOKENS_FILE)
         _refuse_empty(folder)
         difference = max(_largest_difference(folder, part, config, model, prompts, bare) for part in parts)
         files = target.upload(folder, "")
@@ -125,7 +141,21 @@ def export_run(config: RunConfig, storage: Storage, to: str) -> Exported:
     has_rules = config.debias != plain.debias or config.reset != plain.reset or len(table.prefix) > 0
     if has_rules:
         log.warning("export: prefix, debias and reset are rules of our attention; a plain model reads without them")
-    return Exported(checkpoint.path, parts, difference, sum(file.size_bytes for file in files))
+    return Exported(checkpoint.path, parts, difference, sum(file.size_bytes for file in files), calibration)
+
+
+def _calibrate(
+    config: RunConfig, table: TokenTable, sequences: UserSequences, weights: Mapping[str, Tensor]
+) -> Calibration:
+    """Score the validation split as an evaluation does, and fit."""
+    device = training_device()
+    model = build_model(config, table).eval().to(device)
+    model.load_trained(weights)
+    model.attention = "auto"  # of this device, whatever trained
+    rows = sliding_rows(sequences, table, config, "valid", config.eval.max_valid_targets)
+    log.info("export: scoring %d validation targets", sum(row.targets for row in rows))
+    scores = score_rows(as_trained(model, config), rows, table, device, config.train.rows_per_pass)
+    return fit_calibration(scores.log_odds, scores.label)
 
 
 def _plain(config: RunConfig) -> RunConfig:
@@ -155,6 +185,7 @@ def _write_models(
         output.weight[place] = rows.outputs
         embedding.weight[place] = rows.inputs(_scale(whole))  # last: tied, one matrix is both
     whole.save_pretrained(folder / MERGED)
+    tokenizer.save_pretrained(folder / TOKENIZER)
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     tokenizer.save_pretrained(folder / MERGED)
     return tuple(parts)
@@ -254,6 +285,12 @@ def _how_to_ask(config: RunConfig, model: ClickModel, table: TokenTable, checkpo
             "reset": config.reset.model_dump(mode="json"),
         },
     }
+
+
+def _item_tokens(dataset: Dataset, table: TokenTable) -> pa.Table:
+    """Return item ids and each one's text as tokens."""
+    tokens = pa.LargeListArray.from_arrays(pa.array(table.offsets), pa.array(table.tokens))
+    return pa.table({"item_id": read_items(dataset)["item_id"], "tokens": tokens})
 
 
 def _refuse_empty(folder: Path) -> None:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,15 +131,15 @@ class Storage:
         return self.attempt("looked up", where, lambda: self.filesystem.get_file_info(full))
 
     def read(self, path: str) -> bytes:
-        """Return a file's content.
+        """Return a file's content, by one request: of a file that is written anew meanwhile, never two halves.
 
         Raises:
             StorageError: the file is missing or cannot be read.
         """
 
         def read() -> bytes:
-            with self.filesystem.open_input_stream(self.path(path)) as stream:
-                return stream.read()
+            with self.filesystem.open_input_file(self.path(path)) as file:
+                return file.read()
 
         return self.attempt("read", path, read)
 
@@ -169,10 +170,11 @@ class Storage:
 
         def delete() -> None:
             kind = self.filesystem.get_file_info(target).type
-            if kind == fs.FileType.Directory:
-                self.filesystem.delete_dir(target)
-            elif kind == fs.FileType.File:
-                self.filesystem.delete_file(target)
+            with suppress(FileNotFoundError):  # an empty folder of an object store, or somebody else was faster
+                if kind == fs.FileType.Directory:
+                    self.filesystem.delete_dir(target)
+                elif kind == fs.FileType.File:
+                    self.filesystem.delete_file(target)
 
         self.attempt("deleted", path, delete)
 
@@ -251,6 +253,11 @@ class Storage:
         if place.read(probe) != b"probe":
             raise StorageError(Fault(self.root, "returned other bytes than were written"))
         place.delete(probe)
+
+
+def fingerprint(files: Iterable[FileEntry]) -> str:
+    """Return 16 hex digits that name the content of some files."""
+    return hashlib.sha256(repr([(file.path, file.sha256) for file in files]).encode()).hexdigest()[:16]
 
 
 def absolute(root: str) -> str:

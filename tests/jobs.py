@@ -19,6 +19,7 @@ import psutil
 import requests
 
 from tests.builders import TINY
+from tests.processes import living
 
 ROOT = Path(__file__).parents[1]
 CPUS = 4  # of a node: two workers of a run, one for packing, one to spare
@@ -28,6 +29,7 @@ RUN = [
     *TINY, "model.layers=1", "train.precision=fp32", "data.name=tiny", "packing.k=4", "packing.n=3",
     "packing.streams=2", "optim.targets_per_step=16", "train.log_targets=16", "eval.every_targets=300",
     "checkpoint.every_steps=5", "checkpoint.patience_s=15", "cluster.workers=2", "cluster.collective_timeout_s=30",
+    "cluster.setup_timeout_s=120",
 ]  # fmt: skip
 
 
@@ -37,7 +39,7 @@ class JobCluster:
 
     Attributes:
         environment: of whoever starts nodes or sends jobs: storage keys, the cluster's token.
-        folder: where Ray keeps its own files.
+        folder: where each node keeps its own files.
     """
 
     environment: dict[str, str]
@@ -50,7 +52,7 @@ class JobCluster:
         """Start the head and wait until it takes jobs."""
         port, dashboard = _free_port(), _free_port()
         self.gcs, self.address = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
-        self._start("--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={self.folder}", cpus=0)
+        self._start("--head", f"--port={port}", f"--dashboard-port={dashboard}", cpus=0)
         wait_until(self._answers, "the head answers")
         self.environment["RAY_API_SERVER_ADDRESS"] = self.address
 
@@ -66,9 +68,8 @@ class JobCluster:
     def node_of(self, words: str) -> int:
         """Return the number of the first node on which a process of that name runs."""
         for index, node in enumerate(self.nodes):
-            for process in psutil.Process(node.pid).children(recursive=True):
-                if words in " ".join(process.cmdline()):
-                    return index
+            if any(living(words, node.pid)):
+                return index
         raise AssertionError(f"{words} runs on no node")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -96,10 +97,12 @@ class JobCluster:
         )
 
     def _start(self, *where: str, cpus: int) -> None:
+        # Nodes that share a folder remove each other's copies of a job's working directory, under its feet.
+        folder = tempfile.mkdtemp(dir=self.folder)
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--disable-usage-stats",
-            f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}", f"--dashboard-agent-listen-port={_free_port()}",
-            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={folder}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}",
+            f"--dashboard-agent-listen-port={_free_port()}", "--node-ip-address=127.0.0.1",
         ]  # fmt: skip
         with (Path(self.folder) / "start.log").open("ab") as log:
             self.nodes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))

@@ -106,6 +106,8 @@ def clusters(manifests: tuple[Manifest, ...]) -> Iterator[tuple[str, Manifest]]:
             yield one["metadata"]["name"], one["spec"]
         elif one["kind"] == "RayJob":
             yield one["metadata"]["name"], one["spec"]["rayClusterSpec"]
+        elif one["kind"] == "RayService":
+            yield one["metadata"]["name"], one["spec"]["rayClusterConfig"]
 
 
 def pods(manifests: tuple[Manifest, ...]) -> Iterator[Pod]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import urllib.request
+from collections.abc import Iterator
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from ray.cluster_utils import Cluster
 
 MEMORY = 200 * 2**20
@@ -30,3 +35,14 @@ def start_nodes(count: int, cpus: int) -> tuple[Cluster, list[object]]:
 def add_node(cluster: Cluster, cpus: int) -> object:
     """Add one more node to a running cluster and return it."""
     return cluster.add_node(num_cpus=cpus, object_store_memory=MEMORY)
+
+
+def samples() -> Iterator[Sample]:
+    """Yield what all nodes of the cluster export now."""
+    import ray
+
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            for family in text_string_to_metric_families(answer.read().decode()):
+                yield from family.samples

@@ -37,7 +37,7 @@ class Timing:
 
 
 def interleave(
-    cases: Mapping[str, Sequence[Callable[[], None]]],
+    cases: Mapping[str, Sequence[Callable[[], object]]],
     repeats: int,
     device: torch.device,
     done: Callable[[int], None] = lambda _: None,
@@ -68,7 +68,7 @@ def interleave(
     }
 
 
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     _wait(device)
     started = time.perf_counter()
     work()

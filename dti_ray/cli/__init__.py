@@ -19,6 +19,9 @@ from dti_ray.cli.doctor import doctor
 from dti_ray.cli.jobs import jobs_app, submit
 from dti_ray.cli.options import Files, Overrides, Root, load
 from dti_ray.cli.runs import demo, evaluate, export, report, train
+from dti_ray.cli.score import score
+from dti_ray.cli.serving import serve
+from dti_ray.cli.study import bench_quality
 from dti_ray.cli.sweeps import tune
 from dti_ray.config import to_yaml
 from dti_ray.display import console
@@ -29,10 +32,11 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
-for command in (demo, prepare, estimate, doctor, train, evaluate, tune, report, export):
+for command in (demo, prepare, estimate, doctor, train, evaluate, score, serve, tune, report, export):
     app.command()(command)
 # What it does not know belongs to the command that it sends.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+bench_app.command("quality")(bench_quality)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

@@ -13,7 +13,8 @@ import typer
 
 from dti_ray.cli.data import ensure_known_dataset
 from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
-from dti_ray.config import RunConfig
+from dti_ray.cli.score import RunAndOverrides, run_score, score_config
+from dti_ray.config import RunConfig, with_values
 from dti_ray.display import Bar, show_bench, show_costs
 from dti_ray.errors import ConfigError, Fault
 from dti_ray.storage import Storage
@@ -115,6 +116,60 @@ def bench_pack_command(
     end(as_json, {"targets_per_s_per_core": rows[0].targets_per_s_per_core, "rows": [asdict(row) for row in rows]})
 
 
+@bench_app.command("score")
+def bench_score_command(
+    overrides: Overrides,
+    files: Files,
+    candidates: Annotated[int, typer.Option(min=1, help="candidates of a slate (count)")] = 100,
+    item_tokens: Annotated[int, typer.Option(min=1, help="length of every item's text (tokens)")] = 20,
+    repeats: Repeats = 5,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a slate against a prompt per candidate, and an appended interaction against a fresh prompt."""
+    config = load(files, ["packing.n=50", "train.precision=fp32", *overrides], root)
+    import torch
+
+    from dti_ray.bench.score import bench_score
+    from dti_ray.train.host import settle, training_device
+
+    device = training_device()
+    settle(device)
+    found = bench_score(config, candidates, item_tokens, repeats, device)
+    facts = {
+        "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "layers": config.model.layers,
+        "hidden_size": config.model.hidden_size, "window": str(config.packing.window), "device": str(device),
+        "threads": torch.get_num_threads(), "repeats": repeats,
+    }  # fmt: skip
+    ratios = {"slate_speedup": found.slate_speedup, "append_speedup": found.append_speedup}
+    show_bench("scoring", [{**ratios, **{f"{name}_ms": 1000 * value for name, value in found.seconds.items()}}], facts)
+    end(as_json, {**ratios, "seconds": found.seconds, **facts})
+
+
+@bench_app.command("batch")
+def bench_batch_command(
+    arguments: RunAndOverrides,
+    files: Files,
+    requests: Annotated[int, typer.Option(min=1, help="rows of the log (count)")] = 10_000,
+    candidates: Annotated[int, typer.Option(min=1, help="candidates of each (count)")] = 100,
+    root: Root = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make up requests of a run's own users and score them: pairs per second, memory of driver and workers."""
+    config = score_config(arguments, files, root)
+    storage = Storage(config.storage.root)
+    from dti_ray.bench.requests import write_requests
+    from dti_ray.data.interactions import open_dataset
+    from dti_ray.score.model import choose
+
+    dataset = open_dataset(storage, config.score.dataset or choose(config, storage).config.data.name)
+    log = write_requests(dataset, requests, candidates, config.train.seed)
+    asked = with_values(config, {"score.input": log, "score.name": "bench"})
+    storage.delete("scores/bench")
+    facts = {"requests": requests, "candidates": candidates, "users": min(requests, dataset.users)}
+    end(as_json, {**run_score(asked), **facts})
+
+
 def estimate(
     overrides: Overrides,
     files: Files,
@@ -150,13 +205,13 @@ def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunCo
     from dti_ray.train.tokens import tokenizer_and_table
 
     if ensure_known_dataset(config, files, overrides):
-        _leave_cluster()
+        leave_cluster()
     dataset = open_dataset(storage, config.data.name)
     _, table = tokenizer_and_table(config, storage, dataset)
     return config, dataset, table
 
 
-def _leave_cluster() -> None:
+def leave_cluster() -> None:
     """Give the cores that prepared the data back to what is measured."""
     import ray
 

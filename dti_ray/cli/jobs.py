@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # a wrong option must not wait for Ray
 
 FILE = "config.yaml"
 MAX_RESULT = 100_000  # characters of the line for a machine, at most
-KINDS = ("prepare", "train", "evaluate", "tune")
+KINDS = ("prepare", "train", "evaluate", "tune", "score")
 LOCAL_ONLY = ("config", "files", "root", "as_json")  # parameters that are sent as `FILE`, or not at all
 
 jobs_app = typer.Typer(help="Look after jobs on a cluster.", no_args_is_help=True)
@@ -172,7 +172,9 @@ def _options(command: TyperCommand, given: dict[str, Any]) -> list[str]:
 
 def _name(config: RunConfig, kind: str) -> str:
     """Return the name of what a command writes, which no two may write at once."""
-    return {"prepare": config.data.name, "tune": config.tune.sweep}.get(kind, config.train.run)
+    return {"prepare": config.data.name, "tune": config.tune.sweep, "score": config.score.name}.get(
+        kind, config.train.run
+    )
 
 
 def _check_reachable(config: RunConfig) -> None:
@@ -182,6 +184,8 @@ def _check_reachable(config: RunConfig) -> None:
         "storage.root": config.storage.root,
         "data.path": config.data.path,
         "data.catalogue": config.data.catalogue,
+        "score.input": config.score.input,
+        "score.model": config.score.model,
     }
     faults = [
         Fault(key, f"got {place!r}, which is relative to this folder", expected)

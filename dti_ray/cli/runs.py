@@ -6,9 +6,10 @@ Stage: top. In: a configuration, or the name of a run. Out: a run's folder, tabl
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,11 +20,19 @@ from dti_ray.display import Bar, TrainingView, console, show_evaluation
 from dti_ray.errors import ConfigError, Fault
 from dti_ray.storage import Storage
 
+if TYPE_CHECKING:  # a wrong option must not wait for torch
+    from dti_ray.data.prompts import TokenTable
+    from dti_ray.infer.evaluate import OnProgress, Plan
+    from dti_ray.infer.outcome import Evaluation
+
 RunAndOverrides = Annotated[
     list[str],
     typer.Argument(help="name of the run, and overrides such as eval.n=20", default_factory=list, show_default=False),
 ]
 Split = Annotated[str, typer.Option("--split", help="valid or test")]
+Protocol = Annotated[
+    str | None, typer.Option("--protocol", help="sliding, streaming or both: eval.protocol", show_default=False)
+]
 
 OF_AN_EVALUATION = ("eval", "storage", "cluster")
 
@@ -38,13 +47,15 @@ def evaluate(
     arguments: RunAndOverrides,
     files: Files,
     split: Split = "test",
+    protocol: Protocol = None,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score one split with a run's best checkpoint, beside simple baselines."""
+    """Score one split with a run's best checkpoint on many workers, beside simple baselines."""
     if split not in ("valid", "test"):
         raise ConfigError(Fault("--split", f"got {split!r}", "valid or test"))
-    config = _stored_config(arguments, files, root)
+    asked = [] if protocol is None else [f"eval.protocol={json.dumps(protocol)}"]
+    config = _stored_config([*arguments, *asked], files, root)
     result = _evaluate(config, split)
     end(as_json, result)
 
@@ -65,6 +76,7 @@ def export(
     arguments: RunAndOverrides,
     files: Files,
     to: Annotated[str, typer.Option("--to", help="folder or URI that the model is written to")],
+    calibrate: Annotated[bool, typer.Option(help="fit temperature and bias on the validation split")] = False,
     root: Root = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +84,9 @@ def export(
     config = _stored_config(arguments, files, root)
     from dti_ray.export import export_run
 
-    done = export_run(config, Storage(config.storage.root), to)
+    done = export_run(config, Storage(config.storage.root), to, calibrate)
+    if (fitted := done.calibration) is not None:
+        console.print(f"calibration: temperature {fitted.temperature:.3f}, bias {fitted.bias:+.3f}")
     console.print(f"export: {', '.join(done.parts)} in {to}; log-odds differ by {done.largest_difference:.1g} at most")
     end(as_json, {"run": config.train.run, "to": to, **asdict(done)})
 
@@ -127,32 +141,56 @@ def _train(config: RunConfig) -> dict[str, object]:
 
 def _evaluate(config: RunConfig, split: str) -> dict[str, object]:
     from dti_ray.data.interactions import open_dataset
-    from dti_ray.infer.evaluate import evaluate_run
+    from dti_ray.infer.evaluate import evaluate_here, plan_evaluation
+    from dti_ray.train.inputs import anywhere
     from dti_ray.train.tokens import tokenizer_and_table
 
-    storage = Storage(config.storage.root)
-    _, table = tokenizer_and_table(config, storage, open_dataset(storage, config.data.name))
+    placed = anywhere(config)
+    storage = Storage(placed.storage.root)
+    _, table = tokenizer_and_table(placed, storage, open_dataset(storage, config.data.name))
+    plan = plan_evaluation(placed, storage, table, split)
+    score = evaluate_here if plan.is_short else _on_workers(config)
     with Bar(f"scoring {split}", None) as bar:
-        evaluation = evaluate_run(config, storage, table, split, bar.update)
+        evaluation = score(plan, table, bar.update)
     show_evaluation(evaluation)
-    path = _report(config)
+    return _figures(config, evaluation, _report(config))
+
+
+def _on_workers(config: RunConfig) -> Callable[[Plan, TokenTable, OnProgress], Evaluation]:
+    from dti_ray.cluster import connect
+    from dti_ray.infer.workers import evaluate_on_workers
+
+    connect(config.cluster)
+    return evaluate_on_workers
+
+
+def _figures(config: RunConfig, evaluation: Evaluation, report: str) -> dict[str, object]:
+    """Return an evaluation's numbers, those of the first protocol without a prefix."""
     values = evaluation.metrics
     names = ("log_loss", "f1", "gauc", "ne", "calibration")
     return {
         "run": config.train.run,
-        "checkpoint": storage.display(evaluation.checkpoint),
-        "report": path,
+        "checkpoint": Storage(config.storage.root).display(evaluation.checkpoint),
+        "report": report,
         "protocol": evaluation.protocol,
-        "split": split,
+        "split": evaluation.split,
         "auc": values.auc.value,
         "auc_low": values.auc.low,
         "auc_high": values.auc.high,
         **{name: getattr(values, name).value for name in names},
+        "protocols": {
+            result.protocol: {
+                "auc": result.metrics.auc.value, "log_loss": result.metrics.log_loss.value, "tokens": result.tokens,
+                "tokens_per_s": result.tokens_per_s, "targets_per_s": result.targets_per_s,
+            }
+            for result in evaluation.results
+        },
+        "difference": {name: asdict(estimate) for name, estimate in evaluation.difference.items()},
         "targets": values.targets,
-        "tokens": evaluation.tokens,
+        "tokens": evaluation.results[0].tokens,
         "targets_per_s": values.targets / evaluation.seconds,
         "seconds": evaluation.seconds,
-    }
+    }  # fmt: skip
 
 
 def _report(config: RunConfig) -> str:

@@ -24,6 +24,8 @@ from dti_ray.errors import ConfigError, Fault
 
 Tree = dict[str, object]
 NUMBER = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$|^\.(nan|NaN)$")
+OWN_KEYS = ("tune.space.", "study.rows.", "study.tables.")  # below them stand the user's own keys
+BRANCHES = (".bool", ".int", ".float", ".str")  # of a `Value`
 NUMBER_STARTS = list("-+0123456789.")
 
 
@@ -52,12 +54,15 @@ NOT_IN_HASH = {
     "storage": True,
     "cluster": True,
     "checkpoint": True,
+    "serve": True,
     "telemetry": True,
     "tune": True,
+    "score": True,
+    "study": True,
     "train": {
         "log_targets", "max_failures", "max_skipped", "on_nonfinite", "peak_tflops", "rows_per_pass", "zero_stage",
     },
-    "eval": {"bootstrap", "every_targets"},
+    "eval": {"bootstrap", "every_targets", "protocol"},
 }  # fmt: skip
 
 
@@ -230,7 +235,9 @@ def _faults_of(error: ValidationError) -> Iterable[Fault]:
 
 def _field(where: str, known: list[str]) -> str:
     """Strip what pydantic appends to name the branch of a union; keys of a mapping are the user's own."""
-    while not where.startswith("tune.space.") and where not in known and "." in where:
+    if where.startswith(OWN_KEYS):
+        return where.rpartition(".")[0] if where.endswith(BRANCHES) else where
+    while where not in known and "." in where:
         where = where.rpartition(".")[0]
     return where
 

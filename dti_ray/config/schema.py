@@ -6,126 +6,18 @@ Invariant: no torch, no ray, nothing read from the environment; what validates h
 
 from __future__ import annotations
 
-import zoneinfo
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dti_ray.config.label import parse_label
+from dti_ray.config.data import DataConfig
+from dti_ray.config.packing import PackingConfig
+from dti_ray.config.score import ScoreConfig
 from dti_ray.config.section import Fraction, OpenFraction, PositiveInt, Section
+from dti_ray.config.serve import ServeConfig
+from dti_ray.config.study import StudyConfig
 from dti_ray.config.telemetry import TelemetryConfig
 from dti_ray.config.tune import TuneConfig
-
-
-class Window(StrEnum):
-    """How far back a token sees; the names of METHOD's rules."""
-
-    INTERACTIONS = "interactions"
-    TOKENS = "tokens"
-    OFF = "off"
-
-
-class ColumnsConfig(Section):
-    """Which columns of a tabular log and of its catalogue mean what; other sources know their own."""
-
-    user: str = Field(default="user_id", min_length=1, description="column of the user's id")
-    item: str = Field(default="item_id", min_length=1, description="column of the item's id")
-    time: str = Field(
-        default="timestamp", min_length=1, description="column of the time: number, timestamp or ISO 8601"
-    )
-    catalogue_item: str | None = Field(
-        default=None, description="column of the item's id in the catalogue; null: as columns.item"
-    )
-    text: tuple[str, ...] = Field(
-        default=(), description="text columns of the catalogue (of the log, where there is none); empty: all others"
-    )
-
-    @field_validator("text", mode="before")
-    @classmethod
-    def _split_names(cls, value: object) -> object:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) and value else value
-
-
-class DataConfig(Section):
-    """Which log is prepared, how a click is defined, and how time splits it."""
-
-    name: str = Field(default="ml-100k", pattern=r"^[A-Za-z0-9._-]+$", description="data set's folder below the root")
-    source: Literal["movielens", "amazon", "kuairand", "tabular"] = Field(
-        default="movielens", description="reader of the raw files; tabular: Parquet, CSV or JSON Lines by `columns`"
-    )
-    path: str | None = Field(
-        default=None, description="file, folder, zip or URI of the raw log; null: <root>/raw/<name>"
-    )
-    catalogue: str | None = Field(
-        default=None, description="tabular: file, folder or URI of the item catalogue; null: the log holds item texts"
-    )
-    columns: ColumnsConfig = ColumnsConfig()
-    label: str = Field(
-        default="rating > 3",
-        min_length=1,
-        description="a column of 0 and 1, or an expression such as `rating > 3` or `play_ms / video_ms >= 0.5`",
-    )
-    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
-        default=None, description="unit of numeric times; null: found by their size, mixed units are refused"
-    )
-    time_zone: str | None = Field(
-        default=None,
-        description="zone of times that state none, such as Europe/Berlin; null: UTC, unless only some state one",
-    )
-    split: Literal["user_time", "global_time", "leave_last"] = Field(
-        default="user_time",
-        description="cut each user's own time line by shares, one time line for all, or off each user's last ones",
-    )
-    train_fraction: OpenFraction = Field(default=0.8, description="share of the oldest interactions, for training")
-    valid_fraction: OpenFraction = Field(default=0.1, description="share after those, for validation; the rest is test")
-    leave_last: PositiveInt = Field(
-        default=1, description="split leave_last: a user's last ones for test, as many before for validation (count)"
-    )
-    min_interactions: PositiveInt = Field(
-        default=5, description="users with fewer interactions go to quarantine (count)"
-    )
-    max_bad_fraction: Fraction = Field(
-        default=0.1, description="share of rows that may be malformed; short users and duplicates do not count"
-    )
-    on_bad_file: Literal["fail", "quarantine"] = Field(
-        default="fail", description="stop at a file that cannot be read, or leave all of it out and say so"
-    )
-    segment_interactions: PositiveInt | None = Field(
-        default=None,
-        description="interactions of one row group: the unit that is read, shuffled and resumed (count); null: 1,024, "
-        "and up to 16,384 in a log so long that there are a thousand of them",
-    )
-    shard_interactions: PositiveInt = Field(
-        default=4_000_000, description="interactions of one Parquet shard; 4 million are 56 MB uncompressed (count)"
-    )
-
-    @model_validator(mode="after")
-    def _some_test_is_left(self) -> DataConfig:
-        if self.train_fraction + self.valid_fraction >= 1.0:
-            raise ValueError("train_fraction + valid_fraction must stay below 1, or no test split is left")
-        return self
-
-    @model_validator(mode="after")
-    def _mapping_is_read(self) -> DataConfig:
-        if self.source != "tabular" and (self.catalogue is not None or self.columns != ColumnsConfig()):
-            raise ValueError(f"catalogue and columns are for source tabular; {self.source} knows its own files")
-        if self.source == "tabular" and self.path is None:
-            raise ValueError("source tabular needs path, the file, folder or URI of the log")
-        return self
-
-    @field_validator("label")
-    @classmethod
-    def _label_is_an_expression(cls, value: str) -> str:
-        parse_label(value)
-        return value
-
-    @field_validator("time_zone")
-    @classmethod
-    def _zone_is_known(cls, value: str | None) -> str | None:
-        if value is not None and value not in zoneinfo.available_timezones():
-            raise ValueError(f"{value!r} is no time zone of the IANA list, such as UTC or Europe/Berlin")
-        return value
 
 
 class PromptConfig(Section):
@@ -143,30 +35,16 @@ class PromptConfig(Section):
         default=r"\s+", description="regular expression between two words; for the tokenizer built from the catalogue"
     )
     prefix: str = Field(default="", description="text before the first interaction, read once by every prompt")
+    prefix_position: Literal["pinned", "first"] = Field(
+        default="pinned",
+        description="pinned: all read the prefix unrotated, as if at distance 0; first: at its place in front of the "
+        "prompt, as a plain language model does, and then laws 2 and 4 do not hold: its distance grows along a prompt",
+    )
     yes_token: str = Field(default="<yes>", min_length=1, description="feedback of a click; must be one token")
     no_token: str = Field(default="<no>", min_length=1, description="feedback of no click; must be one token")
     max_item_tokens: PositiveInt = Field(default=64, description="item texts are cut here (tokens)")
     context: Literal["ordered", "strictly_earlier"] = Field(
         default="ordered", description="may a target see feedback that carries its own timestamp?"
-    )
-
-
-class PackingConfig(Section):
-    """How targets share a prompt, and prompts a row."""
-
-    k: PositiveInt | Literal["all"] = Field(default=20, description="targets of one prompt; 1 is the sliding window")
-    n: PositiveInt = Field(default=10, description="interactions before the first target of a prompt (context)")
-    window: Window = Field(default=Window.OFF, description="how far a token sees back within its prompt")
-    window_tokens: PositiveInt = Field(default=256, description="reach of `window: tokens` (tokens)")
-    min_context: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="targets with fewer interactions before them are left out (count)"
-    )
-    row_tokens: PositiveInt = Field(default=4096, description="capacity of a row, [SUM] included (tokens)")
-    mix_segments: PositiveInt = Field(
-        default=8, description="segments of a stream whose prompts are shuffled together (count)"
-    )
-    streams: PositiveInt = Field(
-        default=4, description="virtual streams of an epoch; a multiple of every worker count that may train"
     )
 
 
@@ -298,6 +176,9 @@ class EvalConfig(Section):
     max_valid_targets: PositiveInt | None = Field(
         default=None, description="validate during training on a fixed sample of at most so many targets; null: all"
     )
+    protocol: Literal["sliding", "streaming", "both"] = Field(
+        default="both", description="prompts that `evaluate` asks: stand-alone ones, those of training, or either"
+    )
     n: PositiveInt | None = Field(default=None, description="context interactions at inference; null: packing.n")
     row_tokens: PositiveInt = Field(default=4096, description="capacity of a row at inference (tokens)")
     bootstrap: Annotated[int, Field(ge=100)] = Field(default=1000, description="bootstrap replicates over users")
@@ -361,8 +242,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
+    serve: ServeConfig = ServeConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     tune: TuneConfig = TuneConfig()
+    score: ScoreConfig = ScoreConfig()
+    study: StudyConfig = StudyConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -382,3 +266,10 @@ class RunConfig(Section):
     def eval_n(self) -> int:
         """Context interactions of a prompt at inference."""
         return self.eval.n if self.eval.n is not None else self.packing.n
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Protocols of an evaluation, the main one first; with k = 1 both are one."""
+        if self.eval.protocol == "both":
+            return ("sliding", "streaming") if self.packing.k != 1 else ("sliding",)
+        return (self.eval.protocol,)

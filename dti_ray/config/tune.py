@@ -28,6 +28,7 @@ FIXED = {
     "storage": "a sweep has one root",
     "cluster": "all trials ask for the same workers",
     "checkpoint": "tune.max_gb and tune.keep_best say what is kept",
+    "serve": "it changes who is answered, not what",
     "telemetry": "all trials are followed in one way",
     "tune": "a sweep does not search itself",
     "train.run": "trials are named by the sweep",

@@ -16,14 +16,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 from pyarrow import ipc
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.interactions import SCHEMA_VERSION, dataset_folder
-from dti_ray.data.ray_jobs import Tree, Watch, run
+from dti_ray.data.ray_jobs import Actors, Tree, Watch, run
 from dti_ray.data.sources.files import MEMBER, ZIP
 from dti_ray.data.sources.raw import Piece, RawLog
 from dti_ray.storage import Storage
@@ -31,6 +32,7 @@ from dti_ray.storage import Storage
 logger = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
+STATES_AT_ONCE = 8  # read, and held against what they tell of
 NOT_IN_CONTENT = ("max_bad_fraction",)  # what may change without changing a byte of the data set
 
 
@@ -63,23 +65,59 @@ class Attempt:
         return f"{self.folder}/{SCRATCH}"
 
     def run(self, task: Callable[[int], Tree], count: int, stage: str) -> list[Tree]:
-        """Run tasks 0 to count - 1, but for those that an earlier attempt has finished; return all results.
+        """Run tasks 0 to count - 1, but for those that an earlier attempt has finished; return all results."""
+        return run_missing(task, count, stage, self.scratch, self.storage, self.watch)
 
-        A task's result is written to scratch, as its last act: whatever has one is finished.
-        """
-        storage, names = self.storage, [f"{self.scratch}/{stage}-{number:05d}.json" for number in range(count)]
-        there = set(storage.list(self.scratch))
 
-        def leave_state(number: int) -> Tree:
-            result = task(number)
-            storage.write(names[number], json.dumps(result).encode())
-            return result
+def run_missing(
+    task: Callable[[int], Tree],
+    count: int,
+    stage: str,
+    scratch: str,
+    storage: Storage,
+    watch: Watch,
+    is_there: Callable[[Tree], bool] = lambda _state: True,
+    actors: Actors | None = None,
+) -> list[Tree]:
+    """Run tasks 0 to count - 1, but for those that an earlier attempt has finished; return all results.
 
-        missing = [number for number, name in enumerate(names) if name not in there]
-        if len(missing) < count:
-            logger.info("%s: %d of %d are there already", stage, count - len(missing), count)
-        fresh = run(leave_state, missing, self.watch, stage)
-        return [fresh[n] if n in fresh else json.loads(storage.read(name)) for n, name in enumerate(names)]
+    A task's result is written to scratch, as its last act: whatever has one is finished.
+
+    Args:
+        task: given its number.
+        count: of tasks.
+        stage: what they do; part of the names of their states.
+        scratch: folder of the states.
+        storage: the root.
+        watch: who follows.
+        is_there: says of a state whether what it tells of is still there; otherwise its task runs again.
+        actors: run the tasks in actors, which keep what a task holds; None: each in any process.
+    """
+    names = [f"{scratch}/{stage}-{number:05d}.json" for number in range(count)]
+    listed = set(storage.list(scratch))
+    with ThreadPoolExecutor(STATES_AT_ONCE) as pool:
+        found = pool.map(lambda name: json.loads(storage.read(name)) if name in listed else None, names)
+        states = {number: state for number, state in enumerate(found) if state is not None}
+        good = list(pool.map(is_there, states.values()))
+    done = {number: state for (number, state), is_good in zip(states.items(), good, strict=True) if is_good}
+    if done:
+        logger.info("%s: %d of %d are there already", stage, len(done), count)
+    fresh = run(
+        _LeavingState(task, names, storage), [n for n in range(count) if n not in done], watch, stage, actors
+    )  # fmt: skip
+    return [fresh[number] if number in fresh else done[number] for number in range(count)]
+
+
+@dataclass(frozen=True)
+class _LeavingState:
+    task: Callable[[int], Tree]
+    names: Sequence[str]
+    storage: Storage
+
+    def __call__(self, number: int) -> Tree:
+        result = self.task(number)
+        self.storage.write(self.names[number], json.dumps(result).encode())
+        return result
 
 
 def begin(attempt: Attempt, catalogue: pa.Table | None) -> None:

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dti_ray.config.data import DataConfig
 from dti_ray.config.label import Label, parse_label
-from dti_ray.config.schema import DataConfig
 from dti_ray.data.clock import UNITS, Kind, read_times
 from dti_ray.data.labels import clicks
 from dti_ray.data.sources.raw import FAULT, ITEM, LABEL, ROW, TIME, USER

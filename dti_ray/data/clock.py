@@ -14,9 +14,11 @@ example of either, and never guessed row by row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import IntEnum
+from typing import Protocol
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.errors import Fault, InputError
 
 
@@ -60,6 +62,18 @@ MAX_EXACT = 2.0**53  # whole numbers above this are no longer exact in float64
 Example = tuple[str, int, int]  # file, row, value: the first of its kind
 
 
+class Timed(Protocol):
+    """Part of a log, counted; it may have been written as JSON meanwhile.
+
+    Attributes:
+        kinds: name of a `Kind` → rows.
+        first_of_kind: name of a kind → the first such row.
+    """
+
+    kinds: dict[str, int]
+    first_of_kind: dict[str, Example]
+
+
 def read_times(values: pa.Array, config: DataConfig) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
     """Return int64 values, floored, and their `Kind`; dates are in seconds, numbers in the log's own unit."""
     if pa.types.is_timestamp(values.type) or pa.types.is_date(values.type):
@@ -74,6 +88,21 @@ def read_times(values: pa.Array, config: DataConfig) -> tuple[NDArray[np.int64],
     if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
         return _floats(pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False))
     return np.zeros(len(values), np.int64), np.zeros(len(values), np.int8)
+
+
+def unit_of_parts(parts: Iterable[Timed], config: DataConfig) -> int:
+    """Return the divisor that makes seconds of a log's times, by what all of its parts hold.
+
+    Raises:
+        InputError: as of `unit_of`.
+    """
+    counts: Counter[Kind] = Counter()
+    examples: dict[Kind, Example] = {}
+    for part in parts:
+        counts.update({Kind[name]: count for name, count in part.kinds.items()})
+        for name, (file, row, value) in part.first_of_kind.items():
+            examples.setdefault(Kind[name], (file, row, value))
+    return unit_of(counts, examples, config)
 
 
 def unit_of(counts: Mapping[Kind, int], examples: Mapping[Kind, Example], config: DataConfig) -> int:

@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 from pyarrow import ipc
 from pyarrow import parquet as pq
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, REFUSED, TEXTS
-from dti_ray.data.interactions import Segment, log2_histogram, segment_columns, segments_of, write_shard
+from dti_ray.data.interactions import Segment, log2_histogram, segment_columns, segments_of, shard_name, write_shard
 from dti_ray.data.scatter import REFUSED_AS, ROWS
 from dti_ray.data.sequences import Boundaries, sequences
 from dti_ray.errors import Fault, StorageError
@@ -99,8 +99,7 @@ def gather(partition: int, job: Gathering, item_ids: pa.Array, data: DataConfig,
     quarantine = named(pa.concat_tables([bad.rename_columns(REFUSED.names), refused]), job.files)
     files, segments = [], []
     if len(users):
-        shard = f"interactions/part-{partition:05d}.parquet"
-        file, segments = write_shard(storage, folder, shard, users, job.segment_interactions)
+        file, segments = write_shard(storage, folder, shard_name(partition), users, job.segment_interactions)
         files.append(file)
     if len(quarantine):
         files.append(write_parquet(storage, folder, f"quarantine/part-{partition:05d}.parquet", quarantine))

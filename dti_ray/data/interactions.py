@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ from dti_ray.storage import FileEntry, Storage
 
 SPLITS = ("train", "valid", "test")
 TRAIN, VALID, TEST = range(3)
+
+Item = TypeVar("Item")
 
 SEQUENCES = pa.schema(
     [
@@ -113,6 +115,8 @@ class Dataset:
         user_lengths: entry i counts users of 2^i to 2^(i + 1) - 1 interactions.
         item_words: entry i counts items whose text columns have 2^i to 2^(i + 1) - 1 words and punctuation marks; an
             empty text counts as one word. How many tokens that makes depends on a run's tokenizer: `data stats`.
+        partitions: shard p holds the users with crc32(user_id) mod partitions = p, and is not there if there are none;
+            None where whoever wrote the data set did not say.
         files: all files with their sizes and hashes; empty until it has been opened by its manifest.
     """
 
@@ -128,6 +132,7 @@ class Dataset:
     data_config: dict[str, object]
     user_lengths: tuple[int, ...] = ()
     item_words: tuple[int, ...] = ()
+    partitions: int | None = None
     files: tuple[FileEntry, ...] = field(default=(), compare=False)
 
     @property
@@ -185,6 +190,11 @@ def log2_histogram(counts: NDArray[np.int64]) -> tuple[int, ...]:
 def dataset_folder(name: str) -> str:
     """Return a data set's folder, relative to the root."""
     return f"datasets/{name}"
+
+
+def shard_name(partition: int) -> str:
+    """Return the shard of a partition of the users, relative to the data set's folder."""
+    return f"interactions/part-{partition:05d}.parquet"
 
 
 def write_shard(
@@ -287,6 +297,20 @@ def read_items(dataset: Dataset) -> pa.Table:
         StorageError: the file is missing or damaged.
     """
     return _read(dataset, ITEMS_FILE, pq.ParquetFile.read)
+
+
+def split_by_weight(items: Iterable[Item], weight: Callable[[Item], int], least: float) -> Iterator[list[Item]]:
+    """Yield neighbours together, as few at a time as weigh `least`; the last ones may weigh less."""
+    part: list[Item] = []
+    total = 0
+    for item in items:
+        part.append(item)
+        total += weight(item)
+        if total >= least:
+            yield part
+            part, total = [], 0
+    if part:
+        yield part
 
 
 def _row_groups(offsets: NDArray[np.int64], segment_interactions: int) -> Iterator[tuple[int, int]]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dti_ray.config import PackingConfig
 from dti_ray.data.interactions import UserSequences
+from dti_ray.data.mixture import draw_targets
 from dti_ray.data.prompts import NO, TokenTable, phrase_of
 from dti_ray.errors import ConfigError, Fault
 
@@ -38,6 +39,7 @@ class PackSpec:
         min_context: targets with fewer interactions before them are left out.
         row_tokens: capacity of a row, prefix and [SUM] included.
         split: 0 train, 1 valid, 2 test: whose interactions are targets.
+        k_min: draw each prompt's targets between k_min and k; None gives every prompt k of them.
     """
 
     k: int | None
@@ -46,10 +48,11 @@ class PackSpec:
     min_context: int
     row_tokens: int
     split: int
+    k_min: int | None = None
 
     def sliding(self) -> PackSpec:
         """Return the same with one target a prompt."""
-        return replace(self, k=1)
+        return replace(self, k=1, k_min=None)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class _Prompts:
 
 
 def pack_spec(packing: PackingConfig, context: str, split: int, **changes: int | None) -> PackSpec:
-    """Derive the specification of one split from the configuration."""
+    """Derive the specification of one split from the configuration; only training asks for its `k_min`."""
     spec = PackSpec(
         k=None if packing.k == "all" else packing.k,
         n=packing.n,
@@ -171,17 +174,39 @@ def pack(
         table: item texts as tokens.
         spec: the layout; it must have passed `check_capacity`.
         rows: spread the targets evenly over so many rows; None fills each row to its capacity.
-        rng: shuffles the prompts of all users; None keeps their order.
+        rng: shuffles the prompts of all users; None keeps their order. A mixture of k is drawn from it.
 
     Yields:
         Rows in order; more than `rows` only where the capacity forces it, fewer where prompts run out.
     """
     histories = _Histories.of(sequences, table, spec)
-    prompts = _cut_oversized(_prompts(sequences, histories.cut, spec), histories, spec, len(table.prefix))
+    prompts = _cut_oversized(_prompts(sequences, histories.cut, spec, rng), histories, spec, len(table.prefix))
     if rng is not None:
         prompts = prompts.take(rng.permutation(len(prompts.user)))
     for chosen in _rows(prompts, histories.sizes(prompts), spec.row_tokens - len(table.prefix), rows):
-        yield _assemble(prompts.take(chosen), histories, sequences, table)
+        some = prompts.take(chosen)  # the feedback of a prompt's last target has no reader
+        yield _assemble(some, histories.context_end(some), some.end - 1, histories, sequences, table)
+
+
+def lay_prompt(
+    sequences: UserSequences, table: TokenTable, spec: PackSpec, start: int, first: int, shown: int
+) -> PackedRow:
+    """Lay one user's interactions as one prompt, whatever its length.
+
+    Args:
+        sequences: of one user; what stands behind `shown` are candidates: they have no feedback, and none is seen by
+            another, since they share a cut.
+        table: item texts as tokens.
+        spec: says whether context is strictly earlier.
+        start: first interaction of the context.
+        first: first target.
+        shown: number of interactions that happened.
+    """
+    histories = _Histories.of(sequences, table, spec)
+    histories = replace(histories, cut=np.minimum(histories.cut, shown))
+    start_, first_, end = (np.array([index]) for index in (start, first, len(sequences.items)))
+    prompt = _Prompts(np.zeros(1, dtype=np.int64), start_, first_, end)
+    return _assemble(prompt, prompt.first, np.array([shown]), histories, sequences, table)
 
 
 @dataclass(frozen=True)
@@ -239,8 +264,8 @@ def _seconds_since(sequences: UserSequences, user_start: np.ndarray) -> np.ndarr
     return sequences.times - sequences.times[earlier]
 
 
-def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec) -> _Prompts:
-    """Cut each user's targets into runs of k."""
+def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec, rng: np.random.Generator | None) -> _Prompts:
+    """Cut each user's targets into runs of k, or of what a mixture draws."""
     is_target = sequences.splits == spec.split
     counts = np.concatenate([[0], np.cumsum(is_target)])
     per_user = counts[sequences.offsets[1:]] - counts[sequences.offsets[:-1]]
@@ -252,20 +277,25 @@ def _prompts(sequences: UserSequences, cut: np.ndarray, spec: PackSpec) -> _Prom
     first = np.maximum(end - per_user[has], starts + spec.min_context)
     user = np.flatnonzero(has)[first < end]
     starts, first, end = (array[first < end] for array in (starts, first, end))
-    pieces = np.ones_like(first) if spec.k is None else -(-(end - first) // spec.k)
-    return _split(_Prompts(user, starts, first, end), pieces, spec.k, starts, cut, spec.n)
+    if spec.k is None:
+        pieces, sizes = np.ones_like(first), end - first
+    else:
+        pieces = -(-(end - first) // (spec.k_min or spec.k))
+        sizes = np.full(pieces.sum(), spec.k)
+        if spec.k_min is not None:
+            assert rng is not None, "a mixture is drawn"
+            sizes = draw_targets(spec.k_min, spec.k, len(sizes), rng.spawn(1)[0])  # the shuffle draws what it drew
+    return _split(_Prompts(user, starts, first, end), pieces, sizes, starts, cut, spec.n)
 
 
 def _split(
-    prompts: _Prompts, pieces: np.ndarray, k: int | None, user_start: np.ndarray, cut: np.ndarray, n: int
+    prompts: _Prompts, pieces: np.ndarray, sizes: np.ndarray, user_start: np.ndarray, cut: np.ndarray, n: int
 ) -> _Prompts:
-    """Cut each prompt's targets into `pieces` runs of k (of about equal length where k is None)."""
+    """Cut each prompt's targets into at most `pieces` runs of the next `sizes`; its last run ends where they end."""
     parent = np.repeat(np.arange(len(pieces)), pieces)
-    piece = np.arange(len(parent)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    run = prompts.end - prompts.first
-    step = -(-run // np.maximum(pieces, 1)) if k is None else np.full_like(run, k)
-    first = prompts.first[parent] + piece * step[parent]
-    end = np.minimum(first + step[parent], prompts.end[parent])
+    done = np.cumsum(sizes) - sizes
+    first = prompts.first[parent] + done - np.repeat(done[np.cumsum(pieces) - pieces], pieces)
+    end = np.minimum(first + sizes, prompts.end[parent])
     first, end, parent = (array[first < end] for array in (first, end, parent))
     start = np.maximum(cut[first] - n, user_start[parent]) if len(first) else first
     return _Prompts(prompts.user[parent], start, first, end)
@@ -275,8 +305,9 @@ def _cut_oversized(prompts: _Prompts, histories: _Histories, spec: PackSpec, pre
     """Halve what does not fit a row until everything does: k = all, or a first target late in a busy second."""
     capacity = spec.row_tokens - prefix
     while (too_big := (histories.sizes(prompts) > capacity) & (prompts.end - prompts.first > 1)).any():
-        user_start = histories.user_start[prompts.first]
-        prompts = _split(prompts, np.where(too_big, 2, 1), None, user_start, histories.cut, spec.n)
+        user_start, pieces = histories.user_start[prompts.first], np.where(too_big, 2, 1)
+        sizes = np.repeat(-(-(prompts.end - prompts.first) // pieces), pieces)
+        prompts = _split(prompts, pieces, sizes, user_start, histories.cut, spec.n)
     return prompts
 
 
@@ -298,25 +329,31 @@ def _rows(prompts: _Prompts, sizes: np.ndarray, capacity: int, rows: int | None)
         yield slice(begin, len(sizes))
 
 
-def _assemble(prompts: _Prompts, histories: _Histories, sequences: UserSequences, table: TokenTable) -> PackedRow:
-    """Gather the tokens of some prompts."""
+def _assemble(
+    prompts: _Prompts,
+    context_end: np.ndarray,
+    mute: np.ndarray,
+    histories: _Histories,
+    sequences: UserSequences,
+    table: TokenTable,
+) -> PackedRow:
+    """Gather the tokens of some prompts; from `mute` on, interactions go without their feedback."""
     starts = np.stack([prompts.start, prompts.first], axis=1)
-    ends = np.stack([histories.context_end(prompts), prompts.end], axis=1)
+    ends = np.stack([context_end, prompts.end], axis=1)
     spans = (ends - starts).sum(axis=1)
     prompt = np.repeat(np.arange(len(spans)), spans)
     interaction = _ranges(starts.ravel(), (ends - starts).ravel())
-    last = np.zeros(len(interaction), dtype=bool)
-    last[np.cumsum(spans) - 1] = True
-    sizes = histories.content[interaction] - last  # the feedback of a prompt's last target has no reader
+    is_mute = interaction >= mute[prompt]
+    sizes = histories.content[interaction] - is_mute
     begin = np.cumsum(sizes) - sizes
-    after = begin + sizes - 2 + last
+    after = begin + sizes - 2 + is_mute
     cut = histories.cut[interaction]
     origin = histories.before[histories.cut[prompts.start]][prompt]
     position = histories.before[cut] - origin - begin  # of a token less its place in the row
     user_start = histories.user_start[interaction]
     is_target = interaction >= prompts.first[prompt]
     return PackedRow(
-        tokens=_tokens(interaction, sizes, after, last, histories, sequences, table),
+        tokens=_tokens(interaction, sizes, after, is_mute, histories, sequences, table),
         positions=_repeat(position, sizes) + np.arange(int(sizes.sum()), dtype=np.int32),
         prompt=_repeat(prompt + 1, sizes),
         interaction=_repeat(interaction - user_start, sizes),
@@ -332,7 +369,7 @@ def _tokens(
     interaction: np.ndarray,
     sizes: np.ndarray,
     after: np.ndarray,
-    last: np.ndarray,
+    is_mute: np.ndarray,
     histories: _Histories,
     sequences: UserSequences,
     table: TokenTable,
@@ -342,7 +379,8 @@ def _tokens(
     source = np.repeat(ends - 1 - after, sizes)
     source += np.arange(len(source))
     tokens = np.take(table.tokens, source, mode="clip")
-    tokens[after[~last] + 1] = table.vocabulary + NO + sequences.labels[interaction[~last]].astype(np.int32)
+    is_heard = ~is_mute
+    tokens[after[is_heard] + 1] = table.vocabulary + NO + sequences.labels[interaction[is_heard]].astype(np.int32)
     if table.tells_time:
         phrase = histories.phrase[interaction]
         gap = table.gap_lengths[phrase]

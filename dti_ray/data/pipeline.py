@@ -27,6 +27,7 @@ import pyarrow as pa
 from dti_ray.config import RunConfig
 from dti_ray.data.ahead import Ahead
 from dti_ray.data.interactions import TRAIN, Dataset, UserSequences, read_segment
+from dti_ray.data.mixture import mean_targets
 from dti_ray.data.packing import PackedRow, PackSpec, pack, pack_spec
 from dti_ray.data.plan import EpochPlan, PackTask, Position, count_busy, count_steps, plan_epoch
 from dti_ray.data.prompts import TokenTable
@@ -46,6 +47,7 @@ ROW_SCHEMA = pa.schema(
         ("prefix_tokens", pa.int32()),
     ]
 )
+AHEAD_STEPS = 8  # of rows that wait for the loop
 EMPTY_ROW = PackedRow(
     *(np.zeros(0, dtype=np.int32) for _ in range(6)), labels=np.zeros(0, np.int8), users=np.zeros(0, np.int64)
 )
@@ -96,17 +98,21 @@ class TrainingRows:
     @cached_property
     def rows_per_step(self) -> int:
         """Rows that one stream contributes to a step, so that its share of the targets fits their capacity."""
-        packing, optim = self.config.packing, self.config.optim
-        share = optim.targets_per_step / packing.streams
-        spec = pack_spec(packing, self.config.prompt.context, TRAIN)
-        densest = 1 if optim.sliding_tail else spec.k
-        return max(1, round(share * _tokens_per_target(densest, spec, self.table) / (0.8 * spec.row_tokens) + 0.5))
+        optim = self.config.optim
+        share = optim.targets_per_step / self.config.packing.streams
+        densest = self.spec.sliding() if optim.sliding_tail else self.spec
+        return max(1, round(share * tokens_per_target(densest, self.table) / (0.8 * densest.row_tokens) + 0.5))
+
+    @property
+    def spec(self) -> PackSpec:
+        """The layout of training, a mixture of k included."""
+        packing = self.config.packing
+        return pack_spec(packing, self.config.prompt.context, TRAIN, k_min=packing.k_min)
 
     @property
     def packer(self) -> Packer:
         """What packs the tasks; it travels to Ray's workers, so it leaves the list of segments here."""
-        spec = pack_spec(self.config.packing, self.config.prompt.context, TRAIN)
-        return Packer(replace(self.dataset, segments=()), spec)
+        return Packer(replace(self.dataset, segments=()), self.spec)
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of one epoch."""
@@ -309,6 +315,15 @@ def from_table(table: pa.Table) -> Iterator[Packed]:
         yield place, PackedRow(**arrays, prefix_tokens=table["prefix_tokens"][row].as_py())
 
 
+def tokens_per_target(spec: PackSpec, table: TokenTable) -> float:
+    """Estimate the tokens per target from METHOD's cost formula; k = all as 64, time gaps by their mean phrase."""
+    per_interaction = float(table.lengths.mean() + table.gap_lengths.mean()) + 1
+    run = spec.k if spec.k is not None else 64
+    if spec.k_min is not None:
+        run = mean_targets(spec.k_min, run)
+    return (len(table.prefix) + spec.n * per_interaction) / run + per_interaction + 1
+
+
 def concatenate(parts: Sequence[UserSequences]) -> UserSequences:
     """Lay the users of several segments one after the other."""
     if len(parts) == 1:
@@ -346,10 +361,3 @@ def _targets_after(users: UserSequences, min_context: int) -> int:
     user = np.repeat(np.arange(len(users.user_ids)), np.diff(users.offsets))
     per_user = np.bincount(user[users.splits == TRAIN], minlength=len(users.user_ids))
     return int(np.maximum(per_user - min_context, 0).sum())
-
-
-def _tokens_per_target(k: int | None, spec: PackSpec, table: TokenTable) -> float:
-    """Estimate tokens per target from METHOD's cost formula; k = all as 64, time gaps by their mean phrase."""
-    per_interaction = float(table.lengths.mean() + table.gap_lengths.mean()) + 1
-    run = k if k is not None else 64
-    return (len(table.prefix) + spec.n * per_interaction) / run + per_interaction + 1

@@ -29,11 +29,11 @@ import ray
 from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Gauge
 
-from dti_ray.config.schema import DataConfig, RunConfig
+from dti_ray.config import DataConfig, RunConfig
 from dti_ray.data import sources
 from dti_ray.data.attempt import NOT_IN_CONTENT, SCRATCH, Attempt, begin
 from dti_ray.data.checks import REFUSED, item_table
-from dti_ray.data.clock import Kind, unit_of
+from dti_ray.data.clock import unit_of_parts
 from dti_ray.data.gather import Gathering, Part, count_times, gather, named, write_parquet
 from dti_ray.data.interactions import (
     ITEMS_FILE,
@@ -185,17 +185,11 @@ def _check_bad_fraction(found: Sequence[Scattered], data: DataConfig, storage: S
 
 def _gathering(attempt: Attempt, found: Sequence[Scattered]) -> Gathering:
     """Decide what all partitions must know: the log's unit of time, and where the splits part."""
-    counts: Counter[Kind] = Counter()
-    first: dict[Kind, tuple[str, int, int]] = {}
-    for one in found:
-        counts.update({Kind[name]: count for name, count in one.kinds.items()})
-        for name, example in one.first_of_kind.items():
-            first.setdefault(Kind[name], (example[0], example[1], example[2]))
-    per_second = unit_of(counts, first, attempt.data)
+    per_second = unit_of_parts(found, attempt.data)
     names = tuple(attempt.raw.storage.display(file) for file in attempt.raw.files)
     blocks = tuple(block for one in found for block in one.blocks)
     boundaries = None
-    if attempt.data.split == "global_time" and counts.total():
+    if attempt.data.split == "global_time" and any(one.kinds for one in found):
         boundaries = _boundaries(attempt, blocks, per_second)
     return Gathering(names, blocks, per_second, _segment_interactions(attempt), boundaries)
 
@@ -285,6 +279,7 @@ def _summary(parts: Sequence[Part], items: pa.Table, bad_files: Mapping[int, str
         data_config=attempt.data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)),
         user_lengths=tuple(lengths[power] for power in range(max(lengths, default=-1) + 1)),
         item_words=_item_words(items),
+        partitions=_partitions(attempt),
     )
 
 

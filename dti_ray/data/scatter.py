@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import ipc
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, REFUSED, TEXTS, Checked, check
 from dti_ray.data.clock import Kind
 from dti_ray.data.sources.raw import Piece, RawLog
@@ -103,7 +103,7 @@ def scatter(
             checked = check(rows, piece.file, data, item_ids)
             found.count(checked, name)
             path = f"{scratch}/rows-{number:05d}-{block:05d}.arrow"
-            storage.write(path, _by_partition(_joined(checked), partitions))
+            storage.write(path, by_partition(_joined(checked), partitions))
             found.blocks.append(path)
         return found
 
@@ -174,24 +174,24 @@ def _table(batches: list[pa.RecordBatch]) -> pa.Table:
 def _joined(checked: Checked) -> pa.Table:
     """Lay good and refused rows together; they are told apart by `reason`."""
     refused = checked.refused.rename_columns([REFUSED_AS.get(name, name) for name in REFUSED.names])
-    return pa.concat_tables([checked.good, refused], promote_options="default").select(ROWS.names)
+    return pa.concat_tables([checked.good, refused], promote_options="default").select(ROWS.names).cast(ROWS)
 
 
-def _by_partition(rows: pa.Table, partitions: int) -> bytes:
-    """Return an Arrow file whose record batch p holds the rows of partition p, in their order."""
-    partition = _partition(rows["user_id"], partitions)
+def by_partition(rows: pa.Table, partitions: int) -> bytes:
+    """Return an Arrow file whose record batch p holds the rows of the users with crc32(user_id) mod P = p, in order."""
+    partition = partition_of(rows["user_id"], partitions)
     order = np.argsort(partition, kind="stable")
     starts = np.searchsorted(partition[order], np.arange(partitions + 1))
     ordered = rows.combine_chunks().take(pa.array(order)).combine_chunks()
     sink = pa.BufferOutputStream()
-    with ipc.new_file(sink, ROWS, options=ipc.IpcWriteOptions(compression="lz4", use_threads=False)) as writer:
+    with ipc.new_file(sink, rows.schema, options=ipc.IpcWriteOptions(compression="lz4", use_threads=False)) as writer:
         for start, stop in pairwise(starts.tolist()):
-            (batch,) = ordered.slice(start, stop - start).to_batches() or [pa.RecordBatch.from_pylist([], ROWS)]
+            (batch,) = ordered.slice(start, stop - start).to_batches() or [pa.RecordBatch.from_pylist([], rows.schema)]
             writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
 
-def _partition(user_ids: pa.ChunkedArray, partitions: int) -> NDArray[np.int32]:
+def partition_of(user_ids: pa.ChunkedArray, partitions: int) -> NDArray[np.int32]:
     """Return the partition of each row: the same for all rows of a user, in every process."""
     user = pc.fill_null(user_ids, "").combine_chunks().dictionary_encode()
     of_user = [zlib.crc32(name.encode()) % partitions for name in user.dictionary.to_pylist()]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dti_ray.data.interactions import SPLITS, TRAIN, Dataset, Segment, UserSequences, read_segments
+from dti_ray.data.interactions import SPLITS, TRAIN, Dataset, UserSequences, read_segments, split_by_weight
 from dti_ray.data.leaks import CHECKS, Extent, count_leaks, extent_of
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def dataset_stats(dataset: Dataset, table: TokenTable | None = None) -> Stats:
 def read_blocks(dataset: Dataset) -> Iterator[UserSequences]:
     """Yield all users, some segments of one shard at a time."""
     for _, segments in groupby(dataset.segments, attrgetter("shard")):
-        for block in _blocks(segments):
+        for block in split_by_weight(segments, attrgetter("interactions"), BLOCK_INTERACTIONS):
             yield read_segments(dataset, block)
 
 
@@ -266,19 +266,6 @@ def finish(partial: Partial, extent: Extent, dataset: Dataset, table: TokenTable
             Check(name, count, count == 0) for name, count in zip(CHECKS, partial.leaks.tolist(), strict=True)
         ),
     )
-
-
-def _blocks(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-    """Yield segments of a shard, as many at a time as make a block."""
-    block, interactions = [], 0
-    for segment in segments:
-        block.append(segment)
-        interactions += segment.interactions
-        if interactions >= BLOCK_INTERACTIONS:
-            yield block
-            block, interactions = [], 0
-    if block:
-        yield block
 
 
 def _sum(one: Counts, other: Counts) -> Counts:

@@ -87,7 +87,7 @@ def examine(config: RunConfig, with_cluster: bool = True) -> list[Group]:
         Group("storage", tuple(storage)),
         Group("data and model", tuple(data)),
         Group("Ray", (knock, *(_sure("cluster", lambda: _ray(config, here, cluster)) if with_cluster else ()))),
-        Group("machines", tuple(_sure("machine", lambda: _machines(config, here, cluster, known)))),
+        Group("machines", tuple(_sure("machine", lambda: _machines(config, here, cluster, known, with_cluster)))),
         Group("GPUs", tuple(_sure("gpus", lambda: _gpus(config, here, cluster, known, with_cluster)))),
     ]
 
@@ -211,7 +211,7 @@ def _ray(config: RunConfig, here: Machine | Check, cluster: Cluster | Check | No
 
 
 def _hosts(
-    config: RunConfig, here: Machine | Check, cluster: Cluster | Check | None, kept: Demand | None
+    config: RunConfig, here: Machine | Check, cluster: Cluster | Check | None, workers_here: int, kept: Demand | None
 ) -> list[Host]:
     """Return the machines that a run would use, as far as they answered."""
     if isinstance(cluster, Cluster):
@@ -227,11 +227,15 @@ def _hosts(
     if isinstance(here, Check) or isinstance(cluster, Check):
         return []
     store_bytes = config.cluster.object_store_mb * 2**20
-    return [Host(here, store_bytes, runs_ray=False, workers=config.cluster.workers, kept=kept)]
+    return [Host(here, store_bytes, runs_ray=False, workers=workers_here, kept=kept)]
 
 
-def _machines(config: RunConfig, here: Machine | Check, cluster: Cluster | Check | None, known: Known) -> list[Check]:
-    hosts = _hosts(config, here, cluster, _kept(config, known))
+def _machines(
+    config: RunConfig, here: Machine | Check, cluster: Cluster | Check | None, known: Known, with_cluster: bool
+) -> list[Check]:
+    # Without a cluster to look at, this machine need not be one that trains: it may be the head's pod.
+    workers_here = config.cluster.workers if with_cluster else 0
+    hosts = _hosts(config, here, cluster, workers_here, _kept(config, known))
     if not hosts:
         return [here if isinstance(here, Check) else skipped("machine", "no node of the cluster answered")]
     functions: dict[str, Callable[[], Check]] = {

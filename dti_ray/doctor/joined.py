@@ -83,7 +83,7 @@ def look(request: Request) -> Cluster:
     """Join the cluster, and ask every node."""
     import ray
 
-    from dti_ray.cluster import connect
+    from dti_ray.cluster import connect, is_autoscaled
 
     connect(ClusterConfig(address=request.address))
     known = [node for node in ray.nodes() if node["Alive"]]
@@ -92,7 +92,7 @@ def look(request: Request) -> Cluster:
         Node(node["NodeManagerHostname"], node["Resources"], machine, trouble)
         for node, (machine, trouble) in zip(known, machines, strict=True)
     )
-    return Cluster(nodes, _is_autoscaled(ray.get_runtime_context().gcs_address))
+    return Cluster(nodes, is_autoscaled())
 
 
 def _ask_nodes(
@@ -125,15 +125,6 @@ def _answer(asked: ObjectRef[str]) -> tuple[Machine | None, str]:
     except RayError as error:
         cause = getattr(error, "cause", None)
         return None, one_line(cause if isinstance(cause, BaseException) else error)
-
-
-def _is_autoscaled(gcs_address: str) -> bool:
-    """Say whether an autoscaler (its version 2) reports to the head; one that only watches knows no instances."""
-    from ray.autoscaler.v2.sdk import get_cluster_status
-
-    status = get_cluster_status(gcs_address)
-    nodes = [*status.active_nodes, *status.idle_nodes]
-    return int(status.stats.autoscaler_version or 0) > 0 and any(node.instance_id for node in nodes)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import Dataset
 from dti_ray.data.prompts import TokenTable, token_table
-from dti_ray.doctor.check import Check, passed, size, skipped, warned
-from dti_ray.errors import ConfigError, Fault
+from dti_ray.doctor.check import Check, passed, refused, size, skipped, warned
+from dti_ray.errors import ConfigError, Fault, InputError
 from dti_ray.estimate import estimate
 from dti_ray.model.decoder import load_tokenizer
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage
 from dti_ray.train.checkpoint import list_checkpoints
 from dti_ray.train.identity import check_same_run
-from dti_ray.train.launch import Inputs, anywhere, check_fits
+from dti_ray.train.inputs import Inputs, anywhere, check_fits
 from dti_ray.train.tokens import tokenizer_and_table
 
 STATE_BYTES_PER_WEIGHT = 12  # the weight and AdamW's two moments, fp32
@@ -98,13 +98,13 @@ def look_at_model(config: RunConfig, dataset: Dataset | None, words: Words) -> t
 
 
 def look_at_run(config: RunConfig) -> Check:
-    """See whether the run's name is free, or its own.
-
-    Raises:
-        InputError: it was used with another configuration.
-    """
+    """See whether the run's name is free, or its own; a warning if not, as only training minds."""
     storage = Storage(config.storage.root).patient(0)
-    check_same_run(anywhere(config), storage)
+    try:
+        check_same_run(anywhere(config), storage)
+    except InputError as error:
+        refusal = refused("run", error)
+        return warned("run", refusal.found, f"`dti-ray train` will refuse this: {refusal.advice}")
     where = storage.display("runs", config.train.run)
     states = list_checkpoints(storage, f"runs/{config.train.run}")
     return passed("run", f"{where}: goes on from step {states[-1].progress.step:,}" if states else f"{where}: new")

@@ -18,6 +18,7 @@ means 4/6 and 1/4, odds 2 and 1/3, so P(click) = 2/3 / (1 + 2/3) = 0.4.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -43,9 +44,12 @@ TUNING_SHARE = 8
 # The codes of `data.interactions.SPLITS`, a layer above this one.
 TRAIN, VALID, TEST = range(3)
 
+Labels: TypeAlias = Int8[np.ndarray, " targets"]
 Mask: TypeAlias = Bool[np.ndarray, " interactions"]
 Users: TypeAlias = Integer[np.ndarray, " interactions"]
-Counts: TypeAlias = Float[np.ndarray, " targets"]
+Counts: TypeAlias = Int32[np.ndarray, " targets"] | Float[np.ndarray, " targets"]
+
+_Known: TypeAlias = tuple[Labels, dict[str, tuple[Counts, Counts]]]
 
 logger = logging.getLogger(__name__)
 
@@ -89,20 +93,45 @@ def predict_baselines(sequences: Sequences, split: int) -> dict[str, Predictions
     Raises:
         InputError: the split is train (its labels are in the means) or has no targets.
     """
-    target = sequences.splits == split
-    if split not in (VALID, TEST) or not target.any():
-        problem = f"code {split}, {int(target.sum())} targets"
+    items = int(sequences.items.max(initial=-1)) + 1
+    return stream_baselines(lambda: (sequences,), items, split, bool((sequences.splits == VALID).any()))
+
+
+def stream_baselines(
+    read: Callable[[], Iterable[Sequences]], items: int, split: int, has_validation: bool, min_context: int = 0
+) -> dict[str, Predictions]:
+    """Return what `predict_baselines` does for interactions that are read in parts, twice; one part is held at a time.
+
+    Args:
+        read: yields whole users, each time in the same order.
+        items: of the catalogue.
+        split: 1 validation or 2 test.
+        has_validation: whether there are validation targets, in any part.
+        min_context: targets with fewer interactions before them are left out.
+
+    Raises:
+        InputError: the split is train (its labels are in the means) or has no targets.
+    """
+    tail = split == VALID or not has_validation
+    tuning_totals = totals = _Totals.none(items)
+    for part in _parts(read(), split, tail, min_context):
+        tuning_totals += part.totals(part.train & ~part.tuning, items)
+        totals += part.totals(part.train, items)
+    tuning_evidence, evidence, users = [], [], [np.zeros(0, dtype=np.int64)]
+    for part in _parts(read(), split, tail, min_context):
+        tuning_evidence.append(part.gather(part.train & ~part.tuning, part.tuning, tuning_totals))
+        evidence.append(part.gather(part.train, part.target, totals))
+        users.append(part.first_user + part.user[part.target])
+    user = np.concatenate(users)
+    if split not in (VALID, TEST) or not len(user):
+        problem = f"code {split}, {len(user)} targets"
         raise InputError(Fault("baselines: split", problem, "validation (1) or test (2), with targets"))
-    user = np.repeat(np.arange(len(sequences.offsets) - 1), np.diff(sequences.offsets))
-    train = sequences.splits == TRAIN
-    tuning = _tuning_targets(sequences, user, split)
-    tuning_evidence = _gather(sequences, user, counted=train & ~tuning, target=tuning)
-    evidence = _gather(sequences, user, counted=train, target=target)
+    tuning, scored = _Evidence.of(tuning_evidence, tuning_totals), _Evidence.of(evidence, totals)
     predictions = {}
     for name, means in BASELINES.items():
-        shrinkage = _choose_shrinkage(tuning_evidence, means)
+        shrinkage = _choose_shrinkage(tuning, means)
         logger.info("baseline %s: shrinkage %s", name, shrinkage)
-        predictions[name] = Predictions(user[target], evidence.label, evidence.probability(shrinkage))
+        predictions[name] = Predictions(user, scored.label, scored.probability(shrinkage))
     return predictions
 
 
@@ -130,36 +159,100 @@ class _Evidence:
             logit += np.log((clicks + pseudo_clicks) / (count - clicks + pseudo_others)) - prior
         return 1 / (1 + np.exp(-logit))
 
+    @classmethod
+    def of(cls, parts: list[_Known], totals: _Totals) -> _Evidence:
+        """Lay what is known of the targets of several parts one after the other."""
+        labels, counted = zip(*parts, strict=True)
+        joined = {}
+        for mean in counted[0]:
+            clicks, count = zip(*(known[mean] for known in counted), strict=True)
+            joined[mean] = np.concatenate(clicks), np.concatenate(count)
+        return cls(np.concatenate(labels), totals.click_rate, joined)
 
-def _tuning_targets(sequences: Sequences, user: Users, split: int) -> Mask:
-    validation = sequences.splits == VALID
-    if split == TEST and validation.any():
-        return validation
+
+@dataclass(frozen=True, eq=False)
+class _Totals:
+    """What some rows of training say of each item.
+
+    Attributes:
+        clicks: of each item.
+        count: rows of each item.
+    """
+
+    clicks: Float[np.ndarray, " items"]
+    count: Int64[np.ndarray, " items"]
+
+    @classmethod
+    def none(cls, items: int) -> _Totals:
+        return cls(np.zeros(items), np.zeros(items, dtype=np.int64))
+
+    def __add__(self, other: _Totals) -> _Totals:
+        return _Totals(self.clicks + other.clicks, self.count + other.count)
+
+    @property
+    def click_rate(self) -> float:
+        return (int(self.clicks.sum()) + 1) / (int(self.count.sum()) + 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some users, and the role of each of their interactions.
+
+    Attributes:
+        first_user: number of the first one among all users.
+        user: of each interaction, from 0 in this part.
+        tuning: shrinkages are chosen on these.
+        target: predicted.
+    """
+
+    sequences: Sequences
+    first_user: int
+    user: Users
+    train: Mask
+    tuning: Mask
+    target: Mask
+
+    def totals(self, counted: Mask, items: int) -> _Totals:
+        """Count the clicks and the rows of each item among some interactions."""
+        of_item, clicked = self.sequences.items, counted & (self.sequences.labels == 1)
+        count = np.bincount(of_item[counted], minlength=items)
+        return _Totals(np.bincount(of_item, clicked, minlength=items), count)
+
+    def gather(self, counted: Mask, target: Mask, totals: _Totals) -> _Known:
+        """Return the labels of some targets, and clicks and feedbacks behind each mean; users' are of `counted`."""
+        sequences, user, row = self.sequences, self.user, np.flatnonzero(target)
+        item, own, clicked = sequences.items[row], user[row], counted & (sequences.labels == 1)
+        first = np.maximum(sequences.offsets[own], row - RECENT_INTERACTIONS)
+        clicks_before = _running(sequences.labels)
+        known = {
+            "item": (totals.clicks[item], totals.count[item]),
+            "user": (np.bincount(user, clicked)[own], np.bincount(user, counted)[own]),
+            "recent": (clicks_before[row] - clicks_before[first], row - first),
+        }
+        return sequences.labels[row], {
+            mean: (clicks.astype(np.int32), count.astype(np.int32)) for mean, (clicks, count) in known.items()
+        }
+
+
+def _parts(parts: Iterable[Sequences], split: int, tail: bool, min_context: int) -> Iterator[_Part]:
+    """Say what each interaction is for; with `tail` shrinkages are chosen on the end of training."""
+    first_user = 0
+    for sequences in parts:
+        users = len(sequences.offsets) - 1
+        user = np.repeat(np.arange(users), np.diff(sequences.offsets))
+        has_context = np.arange(len(user)) - sequences.offsets[user] >= min_context
+        train, target = sequences.splits == TRAIN, (sequences.splits == split) & has_context
+        tuning = _tail_of_training(sequences, user) if tail else sequences.splits == VALID
+        yield _Part(sequences, first_user, user, train, tuning, target)
+        first_user += users
+
+
+def _tail_of_training(sequences: Sequences, user: Users) -> Mask:
     train = sequences.splits == TRAIN
     through = _running(train)
     start, end = sequences.offsets[:-1][user], sequences.offsets[1:][user]
     rows = through[end] - through[start]
     return train & (through[1:] - through[start] > rows - rows // TUNING_SHARE)
-
-
-def _gather(sequences: Sequences, user: Users, counted: Mask, target: Mask) -> _Evidence:
-    """Count clicks and feedbacks for the targets; `counted` are the rows behind item and user means."""
-    labels, items = sequences.labels, sequences.items
-    clicked = counted & (labels == 1)
-    by = {"item": items, "user": user}
-    totals = {
-        mean: (
-            np.bincount(key, clicked)[key[target]],
-            np.bincount(key, counted)[key[target]],
-        )
-        for mean, key in by.items()
-    }
-    row = np.flatnonzero(target)
-    first = np.maximum(sequences.offsets[:-1][user[row]], row - RECENT_INTERACTIONS)
-    clicks_before = _running(labels)
-    recent = (clicks_before[row] - clicks_before[first]).astype(np.float64)
-    click_rate = (int(clicked.sum()) + 1) / (int(counted.sum()) + 2)
-    return _Evidence(labels[row], click_rate, totals | {"recent": (recent, (row - first).astype(np.float64))})
 
 
 def _choose_shrinkage(evidence: _Evidence, means: tuple[str, ...]) -> dict[str, float]:

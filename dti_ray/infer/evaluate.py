@@ -1,41 +1,47 @@
-"""How good a checkpoint is: sliding inference on one split, beside simple baselines.
+"""How good a checkpoint is: every target of one split, under sliding and under streaming inference.
 
-Stage: evaluate. In: a run's configuration and checkpoint, one split. Out: `Evaluation`, written as JSON
-beside the predictions.
-Protocol `sliding`: every target in a stand-alone prompt with the n interactions before it, whatever split they
-are of: what a request-time ranker does. Invariant: rows in = rows scored, or an error.
+Stage: evaluate. In: a run's configuration and checkpoint, one split. Out: `Evaluation`, written as JSON beside the
+predictions.
+Invariant: rows in = rows scored, or an error; both protocols are the same packed forward pass over the same targets,
+unit by unit, so that nothing depends on who scores a unit (`infer.workers` has many do it).
+
+    sliding      each target in a stand-alone prompt with the n interactions before it, whatever split they are of:
+                 what a request-time ranker does
+    streaming    the prompts of training: up to k targets of the split behind such a context (k, too, of a mixture)
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import parquet as pq
+from scipy.special import expit
 from torch import Tensor
 
 from dti_ray.config import RunConfig
-from dti_ray.data.interactions import SPLITS, UserSequences, open_dataset, read_all
+from dti_ray.data.interactions import SPLITS, Dataset, UserSequences, open_dataset
 from dti_ray.data.packing import PackedRow, PackSpec, check_capacity, pack, pack_spec
+from dti_ray.data.pipeline import tokens_per_target
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import Fault, IncompleteError
-from dti_ray.infer.baselines import predict_baselines
-from dti_ray.metrics import Metrics, Predictions, evaluate
+from dti_ray.errors import Fault, IncompleteError, InputError
+from dti_ray.infer.outcome import Evaluation, conclude
+from dti_ray.infer.units import TargetScores, Unit, collect, plan_units, read_unit, targets_of
+from dti_ray.metrics import Predictions
 from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import PackedBatch, collate_pass
 from dti_ray.storage import Storage
-from dti_ray.telemetry import write_json
-from dti_ray.train.checkpoint import read_best
+from dti_ray.train.checkpoint import Checkpoint, find_best, read_weights
 from dti_ray.train.engine import as_trained
+from dti_ray.train.host import training_device
 
-PROTOCOL = "sliding"
 Forward = Callable[[PackedBatch], Tensor]
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -59,27 +65,54 @@ class Scores:
     @property
     def predictions(self) -> Predictions:
         """The same as probabilities, for the metrics."""
-        return Predictions(self.user, self.label, 1.0 / (1.0 + np.exp(-self.log_odds)))
+        return Predictions(self.user, self.label, expit(self.log_odds))
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `evaluation_<split>.json` holds, and what it cost."""
+class Plan:
+    """An evaluation that has passed every check.
 
+    Attributes:
+        config: as stored with the run, but for what an evaluation may choose.
+        split: valid or test.
+        dataset: of the run.
+        checkpoint: its best one.
+        units: of the split.
+    """
+
+    config: RunConfig
     split: str
-    checkpoint: str
-    n: int
-    metrics: Metrics
-    baselines: dict[str, Metrics]
-    tokens: int
-    seconds: float
-    protocol: str = PROTOCOL
+    dataset: Dataset
+    checkpoint: Checkpoint
+    units: tuple[Unit, ...]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether one process has scored it before a worker would have started."""
+        return len(self.units) == 1 and self.config.cluster.gpus_per_worker == 0
+
+    @property
+    def without_units(self) -> Plan:
+        """Return what somebody needs to know who is given the units one by one."""
+        return replace(self, dataset=replace(self.dataset, segments=()), units=())
 
 
 def sliding_spec(config: RunConfig, split: str) -> PackSpec:
     """Return the layout of stand-alone prompts with the context of inference."""
     changes = {"k": 1, "n": config.eval_n, "row_tokens": config.eval.row_tokens}
     return pack_spec(config.packing, config.prompt.context, SPLITS.index(split), **changes)
+
+
+def streaming_spec(config: RunConfig, split: str) -> PackSpec:
+    """Return the layout of training with the context of inference; a row holds whatever training's do."""
+    changes = {"n": config.eval_n, "row_tokens": max(config.eval.row_tokens, config.packing.row_tokens)}
+    return pack_spec(config.packing, config.prompt.context, SPLITS.index(split), **changes)
+
+
+def protocol_specs(config: RunConfig, split: str) -> dict[str, PackSpec]:
+    """Return the layout of each protocol that is asked for."""
+    of = {"sliding": sliding_spec, "streaming": streaming_spec}
+    return {protocol: of[protocol](config, split) for protocol in config.protocols}
 
 
 def sliding_rows(
@@ -135,96 +168,122 @@ def join(parts: Sequence[Scores]) -> Scores:
     return Scores(*arrays, tokens=sum(part.tokens for part in parts))
 
 
-def check_complete(scores: Scores, wanted: int) -> None:
-    """Hold rows scored against rows asked for.
-
-    Raises:
-        IncompleteError: they differ, or a target was scored twice.
-    """
-    distinct = len(np.unique(np.stack([scores.user, scores.position]), axis=1).T)
-    if not len(scores.label) == wanted == distinct:
-        raise IncompleteError(
-            Fault("evaluation", f"{len(scores.label)} targets scored, {distinct} of them distinct", f"{wanted}")
-        )
-
-
-def evaluate_run(
-    config: RunConfig,
-    storage: Storage,
-    table: TokenTable,
-    split: str,
-    on_progress: Callable[[int, int], None],
-) -> Evaluation:
-    """Score one split with a run's best checkpoint and write the result below the run.
+def plan_evaluation(config: RunConfig, storage: Storage, table: TokenTable, split: str) -> Plan:
+    """Check all that can be checked before a model is loaded.
 
     Args:
-        config: as stored with the run.
+        config: as stored with the run, but for what an evaluation may choose.
         storage: the root.
         table: made by the run's own tokenizer.
         split: valid or test.
+
+    Raises:
+        ConfigError: `eval.row_tokens` is too small for one prompt.
+        InputError: the run has no usable checkpoint, or its data set is gone or has no targets of that split.
+    """
+    dataset, specs = open_dataset(storage, config.data.name), protocol_specs(config, split)
+    for spec in specs.values():
+        check_capacity(spec, table, where="eval.row_tokens")
+    number = SPLITS.index(split)
+    if dataset.targets[number] == 0:
+        raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
+    cost = sum(tokens_per_target(spec, table) for spec in specs.values())
+    units = tuple(plan_units(dataset.segments, number, cost))
+    return Plan(config, split, dataset, find_best(storage, f"runs/{config.train.run}"), units)
+
+
+class Scorer:
+    """A model on its device that scores units.
+
+    Args:
+        plan: its units are not needed.
+        table: item texts as tokens.
+        forward: the model's.
+        device: of the model.
+        attention: backend of the model.
+    """
+
+    def __init__(self, plan: Plan, table: TokenTable, forward: Forward, device: torch.device, attention: str) -> None:
+        self.plan, self.table, self.forward = plan, table, forward
+        self.device, self.attention = device, attention
+
+    @classmethod
+    def load(cls, plan: Plan, table: TokenTable, device: torch.device) -> Scorer:
+        """Load the plan's checkpoint; it computes in the precision that it was trained in.
+
+        Raises:
+            DamagedError: the checkpoint is no longer what it was when it was chosen.
+        """
+        model = build_model(plan.config, table).eval()
+        model.load_trained(read_weights(plan.dataset.storage, plan.checkpoint))
+        model.attention = attention_on(plan.config.model.attention, device)
+        forward = as_trained(model.to(device), plan.config)
+        return cls(plan, table, forward, device, model.attention)
+
+    def score(self, unit: Unit) -> TargetScores:
+        """Read a unit's users and score their targets under each protocol.
+
+        Raises:
+            IncompleteError: targets scored are not the targets of these users.
+            StorageError: the users cannot be read.
+        """
+        config = self.plan.config
+        users = read_unit(self.plan.dataset, unit)
+        user, position = targets_of(users, SPLITS.index(self.plan.split), config.packing.min_context)
+        found, seconds = [], []
+        for protocol, spec in protocol_specs(config, self.plan.split).items():
+            started, rows = time.monotonic(), pack(users, self.table, spec)
+            passes = config.train.rows_per_pass
+            found.append(score_rows(self.forward, rows, self.table, self.device, passes, self.attention))
+            seconds.append(time.monotonic() - started)
+            _check_targets(f"unit {unit.number}, {protocol}", found[-1], user, position)
+        return TargetScores(
+            user=unit.users[user],
+            user_id=pa.chunked_array([pa.array(users.user_ids[user].tolist(), pa.string())]),
+            position=position,
+            label=found[0].label,
+            log_odds=np.stack([scores.log_odds for scores in found]),
+            tokens=np.array([scores.tokens for scores in found]),
+            seconds=np.array(seconds),
+        )
+
+
+def attention_on(wanted: str, device: torch.device) -> str:
+    """Return the run's attention backend where the device has it, or the one that `auto` takes there."""
+    has = ("dense", "flex") if device.type == "cuda" else ("dense", "banded")
+    return wanted if wanted in has else "auto"
+
+
+def evaluate_run(
+    config: RunConfig, storage: Storage, table: TokenTable, split: str, on_progress: OnProgress
+) -> Evaluation:
+    """Plan an evaluation and carry it out in this process; see `plan_evaluation` and `evaluate_here`."""
+    return evaluate_here(plan_evaluation(config, storage, table, split), table, on_progress)
+
+
+def evaluate_here(plan: Plan, table: TokenTable, on_progress: OnProgress) -> Evaluation:
+    """Score a plan's units in this process, and write the result below the run.
+
+    Args:
+        plan: whose checks are done.
+        table: item texts as tokens.
         on_progress: called with (targets scored, targets in all).
 
     Raises:
-        InputError: the run has no checkpoint, or its data set is gone.
+        DamagedError: the checkpoint is no longer what it was when it was chosen.
         IncompleteError: rows scored are not rows asked for.
+        StorageError: users cannot be read.
     """
-    dataset = open_dataset(storage, config.data.name)
-    sequences = read_all(dataset)
-    checkpoint, weights = read_best(storage, f"runs/{config.train.run}")
-    model = build_model(config, table).eval()
-    model.load_trained(weights)
-    model.attention = "auto"  # of this CPU, whatever device trained
-    forward = as_trained(model, config)
     started = time.monotonic()
-    rows = sliding_rows(sequences, table, config, split)
-    wanted = sum(row.targets for row in rows)
-    done: list[Scores] = []
-    for some in _batched(rows, config.train.rows_per_pass):
-        done.append(score_rows(forward, some, table, torch.device("cpu"), len(some)))
-        on_progress(sum(len(part.label) for part in done), wanted)
-    scores = join(done)
-    check_complete(scores, _targets_of(dataset.targets[SPLITS.index(split)], rows, config))
-    seconds = time.monotonic() - started
-    seed, replicates = derive_seed(config.train.seed, "bootstrap"), config.eval.bootstrap
-    baselines = predict_baselines(sequences, SPLITS.index(split))
-    evaluation = Evaluation(
-        split, checkpoint.path, config.eval_n, evaluate(scores.predictions, replicates, seed),
-        {name: evaluate(predictions, replicates, seed) for name, predictions in baselines.items()},
-        scores.tokens, seconds,
-    )  # fmt: skip
-    _write(storage, config, evaluation, scores, sequences)
-    return evaluation
+    scorer = Scorer.load(plan, table, training_device())
+    found = ((unit.number, scorer.score(unit)) for unit in plan.units)
+    scores = collect(plan.units, found, plan.config.packing.min_context, on_progress)
+    return conclude(plan.config, plan.dataset, plan.split, plan.checkpoint.path, scores, time.monotonic() - started)
 
 
-def _targets_of(in_manifest: int, rows: Sequence[PackedRow], config: RunConfig) -> int:
-    """Targets that must come out: the manifest's, unless cold targets are left out by configuration."""
-    return in_manifest if config.packing.min_context == 0 else sum(row.targets for row in rows)
-
-
-def _write(
-    storage: Storage, config: RunConfig, evaluation: Evaluation, scores: Scores, sequences: UserSequences
-) -> None:
-    folder = f"runs/{config.train.run}/metrics"
-    table = pa.table(
-        {
-            "user_id": pa.array(sequences.user_ids[scores.user].tolist(), pa.string()),
-            "position": pa.array(scores.position, pa.int32()),
-            "label": pa.array(scores.label, pa.int8()),
-            "probability": pa.array(scores.predictions.probability, pa.float64()),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write(f"{folder}/predictions_{evaluation.split}.parquet", sink.getvalue().to_pybytes())
-    tree = {
-        "protocol": evaluation.protocol,
-        "split": evaluation.split,
-        "checkpoint": evaluation.checkpoint,
-        "n": evaluation.n,
-        "metrics": evaluation.metrics.to_json(),
-        "baselines": {name: metrics.to_json() for name, metrics in evaluation.baselines.items()},
-    }
-    write_json(storage, f"{folder}/evaluation_{evaluation.split}.json", tree)
+def _check_targets(where: str, scores: Scores, user: np.ndarray, position: np.ndarray) -> None:
+    if not (np.array_equal(scores.user, user) and np.array_equal(scores.position, position)):
+        raise IncompleteError(Fault(where, f"{len(scores.label)} targets scored", f"each of {len(user)}, in order"))
 
 
 def _sample_users(sequences: UserSequences, split: int, max_targets: int, seed: int) -> UserSequences:

@@ -20,7 +20,7 @@ from dti_ray.config import RunConfig
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import Fault, InputError
-from dti_ray.model.attention import AttentionPlan, make_plan
+from dti_ray.model.attention import AttentionPlan, Backend, Past, Read, Visit, choose_backend, keep_last, make_plan
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.decoder import INITIAL_STD, MARKERS, check_architecture, make_decoder
 from dti_ray.model.lora import add_adapters
@@ -54,6 +54,7 @@ class ClickModel(nn.Module):
         self.vocabulary = vocabulary
         self.rules = Rules.of(config.packing)
         self.debias, self.reset = config.debias, config.reset
+        self.is_pinned = config.prompt.prefix_position == "pinned"
         self.dropout = nn.Dropout(config.model.dropout)
         self.attention = config.model.attention
         layers = _layers(decoder)
@@ -89,11 +90,29 @@ class ClickModel(nn.Module):
 
     def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
         """Return the states at every [SUM], after the decoder's last norm."""
-        embeddings = self.dropout(self.embed(batch.tokens))
-        layers = _layers(self.decoder)
-        plan = make_plan(batch, self.rules, self.debias, self.reset, self.attention, layers, embeddings)
-        states = self.decoder(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False, dti=plan)
-        return states.last_hidden_state
+        return self._run(batch, choose_backend(self.attention, batch.tokens.device.type))[0]
+
+    def visit(self, batch: PackedBatch, visit: Visit) -> tuple[Float[Tensor, "B S"], Read]:
+        """Score rows of which the first tokens were read before.
+
+        Args:
+            batch: whole rows.
+            visit: what was read before, and which texts are candidates.
+
+        Returns:
+            (the log-odds at every [SUM], padding included; what the row leaves for later visits, if that is kept).
+        """
+        states, plan = self._run(batch, "slated", visit)
+        return self.head(states), plan.read
+
+    def read_prefix(self, batch: PackedBatch) -> Past:
+        """Return what is left by the shared prefix, once for the visits of all rows.
+
+        Args:
+            batch: one row with the prefix, whatever follows it.
+        """
+        _, plan = self._run(batch, "dense", Visit(Past(), (0,), is_kept=True))
+        return Past.of_prefix(plan.read, batch.prefix_size)
 
     def embed(self, tokens: Tensor) -> Float[Tensor, "B T W"]:
         """Look tokens up: ids behind the vocabulary are markers."""
@@ -101,6 +120,26 @@ class ClickModel(nn.Module):
         words = self.decoder.get_input_embeddings()(torch.where(is_marker, 0, tokens))
         markers = self.markers(torch.where(is_marker, tokens - self.vocabulary, 0))
         return torch.where(is_marker.unsqueeze(-1), markers.to(words.dtype), words)
+
+    def _run(
+        self, batch: PackedBatch, backend: Backend, visit: Visit | None = None
+    ) -> tuple[Float[Tensor, "B S W"], AttentionPlan]:
+        """Run the decoder; return the states at every [SUM] and what its layers shared."""
+        known = 0 if visit is None else visit.past.size
+        embeddings = self.dropout(self.embed(batch.tokens[:, known:]))
+        layers = _layers(self.decoder)
+        method = self.rules, self.debias, self.reset
+        plan = make_plan(batch, *method, backend, layers, embeddings, visit, self.is_pinned)
+        positions = batch.positions if visit is None else batch.positions + visit.past.offset
+        try:
+            states = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False, dti=plan)
+        except _AllRead:
+            return torch.zeros_like(embeddings[:, -batch.after.shape[1] :]), plan
+        return states.last_hidden_state, plan
+
+
+class _AllRead(Exception):  # noqa: N818 - no error
+    """Leaves the decoder in front of its last layer: nothing is asked, and its keys and values are kept."""
 
 
 class LabelHead(nn.Module):
@@ -152,10 +191,14 @@ def _layers(decoder: PreTrainedModel) -> nn.ModuleList:
 def _hand_on_angles(
     _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Give a layer's attention the angles of all tokens: Gemma has two kinds, the last layer is handed a part."""
-    rows = len(kwargs["dti"].batch.tokens)
-    cos, sin = kwargs["position_embeddings"]
-    return args, {**kwargs, "dti_rotary": (cos.expand(rows, -1, -1), sin.expand(rows, -1, -1))}
+    """Give a layer's attention the angles of all tokens: Gemma has two kinds, the last layer is handed a part.
+
+    The layer itself gets those of the tokens that it computes, which on a visit are not all.
+    """
+    plan = kwargs["dti"]
+    rotary = tuple(part.expand(len(plan.batch.tokens), -1, -1) for part in kwargs["position_embeddings"])
+    computed = tuple(part[:, plan.known :] for part in rotary)
+    return args, {**kwargs, "position_embeddings": computed, "dti_rotary": rotary}
 
 
 def _keep_sums_only(
@@ -165,6 +208,10 @@ def _keep_sums_only(
     plan = kwargs["dti"]
     assert isinstance(plan, AttentionPlan)
     states, *rest = args
+    if not plan.is_asked:
+        plan.rotary = kwargs["dti_rotary"]
+        keep_last(plan, states)
+        raise _AllRead
     sums = plan.batch.after.shape[1]
     changed = {
         **kwargs,
@@ -194,7 +241,7 @@ def _reset_uniformly(
     plan = kwargs["dti"]
     assert isinstance(plan, AttentionPlan)
     assert plan.embeddings is not None
-    prefix, content = plan.batch.prefix_size, plan.batch.prompt.shape[1]
-    share = torch.zeros(1, states.shape[1], 1, dtype=states.dtype, device=states.device)
+    prefix, content, _ = plan.sizes
+    share = torch.zeros(1, sum(plan.sizes), 1, dtype=states.dtype, device=states.device)
     share[:, prefix : prefix + content] = plan.reset.alpha
-    return torch.lerp(states, plan.embeddings, share)
+    return torch.lerp(states, plan.embeddings, share[:, plan.known :])

@@ -27,7 +27,7 @@ class PackedBatch:
 
     Attributes:
         tokens: ids; from `TokenTable.vocabulary` on they are markers.
-        positions: rotary positions; [SUM] has the one behind its text, the prefix counts by itself.
+        positions: rotary positions; [SUM] has the one behind its text, the prefix ends in front of each prompt, at -1.
         prompt: prompt of each content token, from 1; 0 is padding.
         interaction: interaction of each content token.
         cut: first interaction that a content token may not see, its own apart.
@@ -93,7 +93,7 @@ def collate(rows: Sequence[PackedRow], table: TokenTable) -> PackedBatch:
     after = padded("after", sums)
     positions = padded("positions", content)
     prefix = np.tile(table.prefix.astype(np.int64), (len(rows), 1))
-    prefix_positions = np.tile(np.arange(prefix.shape[1]), (len(rows), 1))
+    prefix_positions = np.tile(np.arange(-prefix.shape[1], 0), (len(rows), 1))
     sum_tokens = np.full_like(after, table.vocabulary + SUM)
     sum_positions = np.take_along_axis(positions, after, axis=1) + 1
     is_target = np.arange(sums) < np.array([[row.targets] for row in rows])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +18,34 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from dti_ray.errors import Fault, InputError
-from dti_ray.metrics import COUNTS, Metrics
+from dti_ray.metrics import COUNTS, Estimate, Metrics
 from dti_ray.storage import Storage
 
 SPLITS = ("test", "valid", "train")  # in the order in which the page prefers them
 
 Built = TypeVar("Built")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring a split cost: tokens read, and seconds summed over all workers."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OtherProtocol:
+    """The same targets under a second protocol.
+
+    Attributes:
+        difference: to the first protocol, by metric, paired.
+    """
+
+    protocol: str
+    model: Metrics
+    cost: Cost
+    difference: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,8 @@ class Evaluation:
     Attributes:
         protocol: how prompts were laid out at inference (`sliding` or `streaming`).
         n: interactions of context.
+        cost: None where an earlier version did not write it.
+        other: None where one protocol was asked for.
     """
 
     protocol: str
@@ -41,6 +65,8 @@ class Evaluation:
     n: int
     model: Metrics
     baselines: Mapping[str, Metrics]
+    cost: Cost | None
+    other: OtherProtocol | None
 
 
 @dataclass(frozen=True)
@@ -177,7 +203,19 @@ def _evaluation(content: bytes) -> Evaluation:
         n=int(tree["n"]),
         model=_metrics(tree["metrics"]),
         baselines={name: _metrics(scores) for name, scores in tree["baselines"].items()},
+        cost=_cost(tree) if "tokens" in tree else None,
+        other=_other(tree["other"]) if tree.get("other") is not None else None,
     )
+
+
+def _other(tree: Mapping[str, Any]) -> OtherProtocol:
+    difference = {name: Estimate(**{end: _number(value) for end, value in estimate.items()})
+                  for name, estimate in tree["difference"].items()}  # fmt: skip
+    return OtherProtocol(tree["protocol"], _metrics(tree["metrics"]), _cost(tree), difference)
+
+
+def _cost(tree: Mapping[str, Any]) -> Cost:
+    return Cost(int(tree["tokens"]), _number(tree["seconds"]))
 
 
 def _metrics(tree: Mapping[str, object]) -> Metrics:

@@ -2,7 +2,7 @@
 
 Stage: report. In: a run's configuration, its users and its catalogue. Out: a `MaskPicture` of real tokens.
 Invariant: the picture is drawn from the same rows and the same rules that training uses; only the order
-differs: each [SUM] is shown behind its target, where a reader of the prompt expects it.
+differs: each [SUM] is shown behind its target, where a reader of the prompt expects it. A mixture is shown by its k.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dti_ray.report.plots import (
     plot_validation,
     plot_waste,
 )
-from dti_ray.report.tables import metrics_table, pairs, tiles
+from dti_ray.report.tables import metrics_table, pairs, protocols_table, tiles
 from dti_ray.storage import Storage
 
 
@@ -91,6 +91,7 @@ def _baselines(artefacts: Artefacts, root: str) -> str:
         body = "".join(
             (f"<h3>{escape(part.split.capitalize())} split</h3>" if len(artefacts.evaluations) > 1 else "")
             + metrics_table(part)
+            + protocols_table(part)
             for part in artefacts.evaluations
         )
     return section("metrics", "Model and baselines", lead, body)

@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 from dti_ray.metrics import Estimate, Metrics
-from dti_ray.report.artefacts import Evaluation, TrainLog
+from dti_ray.report.artefacts import Cost, Evaluation, TrainLog
 from dti_ray.report.layout import DASH, tile
 from dti_ray.report.plots import short_count
 
@@ -69,7 +69,8 @@ def tiles(evaluation: Evaluation | None, train: TrainLog | None) -> str:
 
 def metrics_table(evaluation: Evaluation) -> str:
     """Return the table of the model and its baselines, best values in bold, and the note below it."""
-    rows = {THIS_RUN: evaluation.model, **evaluation.baselines}
+    other = {} if evaluation.other is None else {f"{THIS_RUN}, {evaluation.other.protocol}": evaluation.other.model}
+    rows = {THIS_RUN: evaluation.model, **other, **evaluation.baselines}
     scale = _range_scale([metrics.auc for metrics in rows.values()])
     first, *rest = (column.title for column in COLUMNS)
     titles = ("Predictor", first, "95% interval of AUC", *rest)
@@ -79,6 +80,28 @@ def metrics_table(evaluation: Evaluation) -> str:
     return (
         f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{body}</tbody></table></div><p class="note">{_table_note(evaluation)}</p></div>'
+    )
+
+
+def protocols_table(evaluation: Evaluation) -> str:
+    """Return the table of what each protocol reached and cost, and how they differ; nothing where no cost is known."""
+    if evaluation.cost is None:
+        return ""
+    other = evaluation.other
+    rows = [_protocol_row(evaluation.protocol, evaluation.model, evaluation.cost)]
+    note = "Sliding asks with a stand-alone prompt per target, streaming with the prompts of training. "
+    note += "Speed is that of one worker."
+    if other is not None:
+        rows.append(_protocol_row(other.protocol, other.model, other.cost))
+        cells = "".join(f"<td>{_signed_span(other.difference[name])}</td>" for name in ("auc", "log_loss"))
+        name = f"{other.protocol} {MINUS} {evaluation.protocol}"
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}<td></td><td></td></tr>')
+        note += " The difference is paired: both meet the same drawn users in each bootstrap replicate."
+    titles = ("Protocol", "AUC", "Log loss", "Tokens per target", "Tokens per second")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return (
+        f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{note}</p></div>'
     )
 
 
@@ -137,6 +160,20 @@ def _speed_tiles(train: TrainLog | None) -> list[str]:
     return [tile(name, value, note) for name, value, note in zip(names, values, notes, strict=True)]
 
 
+def _protocol_row(name: str, model: Metrics, cost: Cost) -> str:
+    cells = (
+        number(model.auc.value, 4),
+        number(model.log_loss.value, 4),
+        number(cost.tokens / model.targets, 1),
+        number(cost.tokens / cost.seconds, 0),
+    )
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _signed_span(difference: Estimate) -> str:
+    return f"{_signed(difference.value)}<small>{_signed(difference.low)} to {_signed(difference.high)}</small>"
+
+
 def _span(interval: Estimate) -> str:
     return f"{number(interval.low, 4)} to {number(interval.high, 4)}"
 
@@ -161,7 +198,7 @@ def _row(name: str, metrics: Metrics, best: Mapping[str, float], scale: tuple[fl
             low, high = number(estimate.low, column.digits), number(estimate.high, column.digits)
             text += f"<small>{low}{DASH}{high}</small>"
         cells.append(f"<td{kind}>{text}</td>")
-    model = name == THIS_RUN
+    model = name.startswith(THIS_RUN)
     cells.insert(1, f"<td>{_range_picture(metrics.auc, scale, 'blue' if model else 'grey')}</td>")
     start = '<tr class="model">' if model else "<tr>"
     return f'{start}<th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'

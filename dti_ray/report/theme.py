@@ -1,6 +1,6 @@
-"""How the report looks: colours, style sheet, and the way from a matplotlib figure to inline SVG.
+"""How the report looks: colours, style sheet, and the way from a matplotlib figure to inline SVG, or to a PNG.
 
-Stage: report, below its plots. In: a function that draws on a `Figure`. Out: an `<svg>` element as text.
+Stage: report, below its plots. In: a function that draws on a `Figure`. Out: an `<svg>` element as text; a PNG's bytes.
 Invariant: the SVG names no colour and no font of its own: colours are variables of the style sheet (so that
 light, dark and print each have theirs), text is text in the page's font, and nothing is loaded from outside.
 """
@@ -52,6 +52,7 @@ MASK: Final[Mapping[str, str]] = {
 }
 UNITS_PER_INCH = 72  # of matplotlib's SVG
 FONT_UNITS = 11.5
+PIXELS_PER_UNIT = 2  # of a PNG
 
 _SETTINGS: Final[Mapping[str, object]] = {
     "svg.fonttype": "none",
@@ -117,6 +118,23 @@ def draw_svg(name: str, width_units: float, height_units: float, draw: Callable[
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(content, format="svg", metadata=nothing, transparent=True)
     return _inline(content.getvalue())
+
+
+def draw_png(width_units: float, height_units: float, draw: Callable[[Figure], None]) -> bytes:
+    """Let `draw` fill a figure and return it as a picture for a file that knows no style sheet, in the light colours.
+
+    Args:
+        width_units: width in which text has `FONT_UNITS`.
+        height_units: height in the same unit.
+        draw: fills the figure; it finds the theme's settings in force.
+    """
+    content = io.BytesIO()
+    settings = {**_SETTINGS, "figure.facecolor": LIGHT["card"]}
+    with matplotlib.rc_context(settings):  # pyright: ignore[reportArgumentType]
+        figure = Figure(figsize=(width_units / UNITS_PER_INCH, height_units / UNITS_PER_INCH), layout="constrained")
+        draw(figure)
+        figure.savefig(content, format="png", dpi=PIXELS_PER_UNIT * UNITS_PER_INCH, metadata={"Software": None})
+    return content.getvalue()
 
 
 def _inline(svg: str) -> str:

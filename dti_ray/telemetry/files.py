@@ -18,7 +18,9 @@ from dti_ray.telemetry.sinks import LINES, Line
 
 
 class MetricSink:
-    """Collects lines per kind (`train`, `valid`) and writes them on `flush`.
+    """Collects lines per kind (`train`, `valid`) and writes them on `flush`, and where its block ends without an error.
+
+    However the block ends, no event file of it stays on this machine.
 
     Args:
         storage: the root.
@@ -37,6 +39,17 @@ class MetricSink:
         self.events = Path(tempfile.mkdtemp(prefix="dti-ray-tensorboard-"))
         self.writer = SummaryWriter(str(self.events), purge_step=start_step + 1 if start_step else None)
 
+    def __enter__(self) -> MetricSink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.writer.close()
+            shutil.rmtree(self.events)
+
     def add(self, kind: str, line: Line) -> None:
         """Remember one line; TensorBoard counts in targets, which compare across batch sizes."""
         self.lines[kind].append(line)
@@ -51,12 +64,6 @@ class MetricSink:
             self.storage.write(_path(self.run_folder, kind), text.encode())
         self.writer.flush()
         self.storage.upload(self.events, f"{self.run_folder}/tensorboard")
-
-    def close(self) -> None:
-        """Flush for the last time and remove the local event files."""
-        self.flush()
-        self.writer.close()
-        shutil.rmtree(self.events)
 
 
 def read_lines(storage: Storage, run_folder: str, kind: str) -> list[Line]:

@@ -1,8 +1,9 @@
-"""The series that a run exports while it runs, each declared once.
+"""The series that a run exports while it runs, and a server while it serves, each declared once.
 
-Stage: beside training; what the dashboard, the alert rules and docs/monitoring.md name is held against this table by
-tests. In: nothing. Out: `SERIES`.
-Invariant: a series is the value at one key of one kind of line, so files, terminal and scrape show the same numbers.
+Stage: beside training and serving; what the dashboard, the alert rules and docs/monitoring.md name is held against
+these tables by tests. In: nothing. Out: `SERIES` of training, `SERVING`.
+Invariant: a series of training is the value at one key of one kind of line, so files, terminal and scrape show the same
+numbers.
 Means and sums are over all workers: a line is written once for all of them.
 """
 
@@ -11,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+ENDINGS = {"gauge": "", "counter": "_total", "histogram": "_bucket"}
+LATENCY_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BATCH_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 RUN = "run"  # the kind of line that says what holds for a run as a whole; it is in no file
 
 
@@ -20,24 +24,26 @@ class Series:
 
     Attributes:
         name: as Ray is told it.
-        kind: a gauge is the newest value; a counter adds up the values of all lines.
+        kind: a gauge is the newest value; a counter adds up the values of all lines; a histogram counts them by size.
         unit: of the value; empty for a plain number.
         line: kind of line that it is read from.
         key: of that line.
         description: one phrase.
+        bounds: of a histogram's buckets.
     """
 
     name: str
-    kind: Literal["gauge", "counter"]
+    kind: Literal["gauge", "counter", "histogram"]
     unit: str
-    line: Literal["train", "valid", "run"]
+    line: Literal["train", "valid", "run", "request", "batch", "reload"]
     key: str
     description: str
+    bounds: tuple[float, ...] = ()
 
     @property
     def exported(self) -> str:
-        """Name at the endpoint: Ray puts `ray_` in front, Prometheus' format `_total` behind a counter."""
-        return f"ray_{self.name}_total" if self.kind == "counter" else f"ray_{self.name}"
+        """Name at the endpoint: Ray puts `ray_` in front, Prometheus' format an ending behind all but gauges."""
+        return f"ray_{self.name}{ENDINGS[self.kind]}"
 
 
 SERIES = (
@@ -61,4 +67,19 @@ SERIES = (
     ),
     Series("dti_data_wait_ratio", "gauge", "share", "train", "data_wait", "share of the time spent waiting for rows"),
     Series("dti_quarantined_rows", "gauge", "rows", "run", "quarantined_rows", "rows of the log put to quarantine"),
+    Series("dti_score_progress_ratio", "gauge", "share", "run", "scored_units", "units of batch scoring done"),
+)  # fmt: skip
+
+SERVING = (
+    Series("dti_serve_requests", "counter", "requests", "request", "count", "requests answered, by route and status"),
+    Series(
+        "dti_serve_latency_seconds", "histogram", "s", "request", "seconds",
+        "time from a request's arrival at the door to its answer, by route", LATENCY_BOUNDS_S,
+    ),
+    Series("dti_serve_waiting_requests", "gauge", "requests", "request", "waiting", "requests without an answer yet"),
+    Series(
+        "dti_serve_batch_requests", "histogram", "requests", "batch", "size", "requests scored together", BATCH_BOUNDS,
+    ),
+    Series("dti_serve_reloads", "counter", "times", "reload", "taken", "newer states that took an older one's place"),
+    Series("dti_serve_failed_reloads", "counter", "times", "reload", "failed", "newer states that could not be used"),
 )  # fmt: skip

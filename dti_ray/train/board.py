@@ -1,39 +1,34 @@
 """What a driver and its workers tell each other through Ray.
 
 Stage: between launch and loop. In: lines of metrics, remarks and failures of workers; a stop that the driver wants.
-Out: all of it at the driver, in the order of arrival; a `Link` for each worker.
-Invariant: the board outlives the workers, so a new group of them knows why the last one ended.
+Out: all of it at the driver, in the order of arrival.
+Invariant: the board outlives the workers, so a new group of them knows why the last one ended. It does without torch:
+its process is there a second after it was asked for.
 """
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
-import ray.train
 from ray.actor import ActorProxy
-from ray.train.torch import TorchConfig
 
 from dti_ray.telemetry import Line
-from dti_ray.telemetry.logs import Context, log_line
 from dti_ray.telemetry.series import RUN
-from dti_ray.train.failures import Failure, describe, is_over
-from dti_ray.train.link import Link
-from dti_ray.train.state import Progress
-from dti_ray.train.watch import Watch
+from dti_ray.train.failures import Failure, is_over
+
+if TYPE_CHECKING:
+    from dti_ray.config import RunConfig
+    from dti_ray.data.prompts import TokenTable
 
 OnLine = Callable[[str, Line], bool | None]
 OnText = Callable[[str], None]
 
 ASK_S = 0.5
-TELL_S = 10.0
-
-log = logging.getLogger(__name__)
-_sigterm = threading.Event()  # set in a worker's main thread, read by its loop
 
 
 class Board:
@@ -74,6 +69,7 @@ class Board:
     def fail(self, failure: Failure) -> None:
         """Remember how a worker ended."""
         self.failures.append(failure)
+        self.texts.append(f"attempt {failure.attempt}: rank {failure.rank} failed: {failure.message}")
 
     @ray.method
     def all_failures(self) -> list[Failure]:
@@ -91,92 +87,13 @@ class Board:
         return self.stop
 
 
-class WorkerLink(Link):
-    """A Ray Train worker's link to the board; made in the thread that trains.
+@dataclass(frozen=True)
+class WorkerParts:
+    """What the driver hands to every worker, as it travels."""
 
-    Args:
-        board: of the run.
-        rank: of this worker.
-        attempt: number of the worker group.
-        limit_s: `cluster.collective_timeout_s`.
-        setup_s: `cluster.setup_timeout_s`.
-        context: of this process's log records.
-    """
-
-    def __init__(
-        self, board: ActorProxy[Board], rank: int, attempt: int, limit_s: float, setup_s: float, context: Context
-    ) -> None:
-        self.board, self.rank, self.attempt, self.context = board, rank, attempt, context
-        self.step = 0
-        self.stop, self.ended = threading.Event(), threading.Event()
-        self.preempted: object = None
-        self.is_preempted = False
-        self.watch = Watch(limit_s, setup_s, self._stuck)
-        threading.Thread(target=self._ask, daemon=True, name="stop wanted?").start()
-
-    def report(self, kind: str, line: Line, progress: Progress) -> None:
-        """Take a line of metrics to the driver; every rank must call it at the same lines."""
-        self.step = progress.step
-        if self.rank == 0:
-            self.board.put.remote(kind, line)
-            log_line(log, kind, line)
-        if kind == "valid":
-            ray.train.report({**line, "tokens": progress.tokens})
-        else:
-            info = ray.train.get_preemption_info()
-            self.is_preempted = self.is_preempted or (info is not None and info != self.preempted)
-            self.preempted = info
-
-    def say(self, text: str) -> None:
-        """See `Link`."""
-        log.info("%s", text)
-        if self.rank == 0:
-            self.board.say.remote(text)
-
-    def beat(self) -> None:
-        """See `Link`."""
-        self.watch.beat()
-
-    def reach(self, step: int) -> None:
-        """See `Link`."""
-        self.context.step = step
-
-    def is_stop_wanted(self) -> bool:
-        """See `Link`."""
-        return self.stop.is_set()
-
-    def take_notice(self) -> bool:
-        """See `Link`: SIGTERM to this process, or a node of the run that is being drained."""
-        is_noticed = self.is_preempted or _sigterm.is_set()
-        self.is_preempted = False
-        _sigterm.clear()
-        return is_noticed
-
-    def fail(self, error: BaseException) -> None:
-        """Tell how this rank ended."""
-        self._tell(describe(error, self.rank, self.attempt, self.step))
-
-    def close(self) -> None:
-        """End the threads."""
-        self.watch.close()
-        self.ended.set()
-
-    def _ask(self) -> None:
-        while not self.ended.wait(ASK_S):
-            if self.rank == 0 and ray.get(self.board.is_stop_wanted.remote()):
-                self.stop.set()
-                return
-
-    def _stuck(self, stack: str, is_waiting: bool) -> None:
-        where = stack.strip().splitlines()
-        setting = "collective_timeout_s" if self.watch.is_set_up else "setup_timeout_s"
-        message = f"no progress for {self.watch.allowed_s:g} s (cluster.{setting}); it stands at " + " ".join(
-            line.strip() for line in where[-2:]
-        )
-        self._tell(Failure(self.rank, self.attempt, self.step, "Stuck", message, stack, is_waiting))
-
-    def _tell(self, failure: Failure) -> None:
-        ray.get(self.board.fail.remote(failure), timeout=TELL_S)
+    config: RunConfig
+    table: ray.ObjectRef[TokenTable]
+    board: ActorProxy[Board]
 
 
 class Relay:
@@ -227,32 +144,3 @@ class Relay:
         for kind, line in lines:
             if self.on_line(kind, line):
                 self.board.want_stop.remote()
-
-
-class _ListeningBackend(TorchConfig().backend_cls):
-    """Sets up torch's process group, and hears SIGTERM, which only a process's main thread can."""
-
-    def on_start(self, worker_group, backend_config) -> None:
-        """Set up the workers before they train."""
-        super().on_start(worker_group, backend_config)
-        worker_group.execute(hear_sigterm)
-
-
-class ListeningTorchConfig(TorchConfig):
-    """Torch under Ray Train, with workers that take SIGTERM as notice."""
-
-    @property
-    def backend_cls(self) -> type[_ListeningBackend]:
-        """What sets the workers up."""
-        return _ListeningBackend
-
-
-def hear_sigterm() -> None:
-    """Take the first SIGTERM as notice that this machine will go away, and leave the next one to Ray."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def notice(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
-        _sigterm.set()
-
-    signal.signal(signal.SIGTERM, notice)

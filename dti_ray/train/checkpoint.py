@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from dti_ray.train.engine import Engine
 from dti_ray.train.state import EngineState, Progress, StateFiles
 from dti_ray.train.world import World
 
+Used = TypeVar("Used")
 log = logging.getLogger(__name__)
 
 
@@ -185,16 +186,20 @@ def read_best(storage: Storage, run_folder: str) -> tuple[Checkpoint, dict[str, 
     Raises:
         InputError: there is none.
     """
-    refused: list[Fault] = []
-    for checkpoint in by_quality(list_checkpoints(storage, run_folder)):
-        try:
-            return checkpoint, read_weights(storage, checkpoint)
-        except DamagedError as error:
-            log.warning("checkpoint %s is refused: %s", checkpoint.path, error)
-            refused.extend(error.faults)
-    raise InputError(
-        Fault(f"{run_folder}/checkpoints", "holds no usable state", hint="train it first: `dti-ray train`"), *refused
-    )
+    return _best_usable(storage, run_folder, lambda checkpoint: read_weights(storage, checkpoint))
+
+
+def find_best(storage: Storage, run_folder: str) -> Checkpoint:
+    """Return the best checkpoint whose weights are as its manifest says; others will read them.
+
+    Raises:
+        InputError: there is none.
+    """
+
+    def verify(checkpoint: Checkpoint) -> None:
+        storage.verify(checkpoint.path, [entry for entry in checkpoint.files if holds_weights(entry.path)])
+
+    return _best_usable(storage, run_folder, verify)[0]
 
 
 def read_weights(storage: Storage, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -204,11 +209,30 @@ def read_weights(storage: Storage, checkpoint: Checkpoint) -> dict[str, Tensor]:
         DamagedError: a file is missing, its hash differs, or a stretch of a weight is nowhere.
     """
     with tempfile.TemporaryDirectory(prefix="dti-ray-weights-") as folder:
-        damage = _fetch(storage, checkpoint, Path(folder), lambda name: name.startswith("weights-"))
+        damage = _fetch(storage, checkpoint, Path(folder), holds_weights)
         if damage is not None:
             raise DamagedError(Fault(storage.display(checkpoint.path), damage))
         with StateFiles(sorted(Path(folder).iterdir())) as files:
             return {name: weight.clone() for name, weight in files.weights()}
+
+
+def _best_usable(storage: Storage, run_folder: str, use: Callable[[Checkpoint], Used]) -> tuple[Checkpoint, Used]:
+    """Return the best checkpoint that does not turn out to be damaged when it is used, and what using it gives."""
+    refused: list[Fault] = []
+    for checkpoint in by_quality(list_checkpoints(storage, run_folder)):
+        try:
+            return checkpoint, use(checkpoint)
+        except DamagedError as error:
+            log.warning("checkpoint %s is refused: %s", checkpoint.path, error)
+            refused.extend(error.faults)
+    raise InputError(
+        Fault(f"{run_folder}/checkpoints", "holds no usable state", hint="train it first: `dti-ray train`"), *refused
+    )
+
+
+def holds_weights(file: str) -> bool:
+    """Say whether a file of a checkpoint is one that scoring needs."""
+    return file.startswith("weights-")
 
 
 def _fetch(storage: Storage, checkpoint: Checkpoint, to: Path, wanted: Callable[[str], bool]) -> str | None:

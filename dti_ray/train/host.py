@@ -1,4 +1,4 @@
-"""The process that trains: its device, its threads, its memory allocator.
+"""The process that trains: its device, its threads, its memory allocator, the signal that ends it.
 
 Stage: beside the loop; free of Ray and DeepSpeed. In: nothing. Out: a process that is ready to train.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import sys
+import threading
+from types import FrameType
 
 import torch
 
@@ -16,6 +19,7 @@ KEEP_BYTES = 2**30
 OLD_GLIBC_BYTES = 2**25  # what releases before 2.35 take at most
 
 log = logging.getLogger(__name__)
+sigterm = threading.Event()  # set in the main thread, read by the loop's
 
 
 def training_device() -> torch.device:
@@ -48,3 +52,14 @@ def settle(device: torch.device, threads: int | None = None) -> None:
             log.info("the allocator takes no threshold: freed memory goes back to the kernel")
             return
         libc.mallopt(TRIM_THRESHOLD, KEEP_BYTES)
+
+
+def hear_sigterm() -> None:
+    """Take the first SIGTERM as notice that this machine will go away, and leave the next one to Ray."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        sigterm.set()
+
+    signal.signal(signal.SIGTERM, notice)

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,13 +50,35 @@ def check_same_run(config: RunConfig, storage: Storage) -> None:
     path = f"runs/{config.train.run}/config.yaml"
     if not storage.exists(path):
         return
-    found = differences(from_yaml(storage.read(path).decode()), config)
+    _refuse("train.run", config.train.run, "configuration", differences(from_yaml(storage.read(path).decode()), config))
+
+
+def check_same_base(key: str, name: str, config: RunConfig, storage: Storage) -> None:
+    """Refuse the name of a sweep or a study under which other runs stand; nothing is refused where none is stored.
+
+    Args:
+        key: that names it, such as `tune.sweep`.
+        name: its value, a folder below `<root>/sweeps`.
+        config: that its runs change.
+        storage: the root.
+
+    Raises:
+        InputError: with every dotted key that differs.
+    """
+    path = f"sweeps/{name}/config.yaml"
+    if not storage.exists(path):
+        return
+    stored = from_yaml(storage.read(path).decode())
+    found, was, now = differences(stored, config), stored.eval.every_targets, config.eval.every_targets
+    if was != now:  # runs are compared, and their best states chosen, where they are validated
+        found.append(Fault("eval.every_targets", f"got {now}", f"{was} as it is stored"))
+    _refuse(key, name, "base configuration", found)
+
+
+def _refuse(key: str, name: str, what: str, found: Sequence[Fault]) -> None:
     if found:
-        taken = Fault(
-            f"train.run={config.train.run}", "exists with another configuration",
-            hint="choose another train.run, or use the stored values:",
-        )  # fmt: skip
-        raise InputError(taken, *found)
+        hint = f"choose another {key}, or use the stored values:"
+        raise InputError(Fault(f"{key}={name}", f"exists with another {what}", hint=hint), *found)
 
 
 def write_identity(config: RunConfig, storage: Storage, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,21 +92,38 @@ def write_identity(config: RunConfig, storage: Storage, tokenizer: PreTrainedTok
     meta = {
         "run": config.train.run,
         "config_hash": config_hash(config),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "machine": {"cpus": os.cpu_count(), "cpu": _cpu_name(), "gpus": _gpu_names()},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": machine(),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(storage, f"{folder}/meta.json", meta)
     storage.write(f"{folder}/config.yaml", to_yaml(config).encode())
 
 
-def _git_commit() -> str | None:
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that matter; None where one is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, object]:
+    """Return what this machine computes with: `cpus`, `cpu`, `gpus`."""
+    return {"cpus": os.cpu_count(), "cpu": _cpu_name(), "gpus": _gpu_names()}
+
+
+def git_commit() -> str | None:
     """Return the commit of this source tree; None where it is not a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -10,63 +10,41 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import ray
 import ray.train
-from ray.actor import ActorProxy
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 from ray.util.metrics import Counter, Gauge
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.cluster import this_node
-from dti_ray.config import RunConfig, StorageConfig
-from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, verify_dataset
-from dti_ray.data.packing import check_capacity, pack_spec
-from dti_ray.data.pipeline import RowsAhead, TrainingRows
-from dti_ray.data.plan import Position
+from dti_ray.config import RunConfig
+from dti_ray.data.interactions import Dataset
+from dti_ray.data.pipeline import TrainingRows
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import ConfigError, DamagedError, DtiRayError, Fault, InputError, RunError, StoppedError
-from dti_ray.infer.evaluate import sliding_spec
-from dti_ray.model.attention import choose_backend
-from dti_ray.model.backbone import build_model
-from dti_ray.model.decoder import absolute_name
-from dti_ray.model.shape import build_shape
-from dti_ray.storage import Storage, absolute
+from dti_ray.errors import DamagedError, DtiRayError, Fault, RunError, StoppedError
+from dti_ray.storage import Storage
 from dti_ray.telemetry import Line, Sinks, read_lines
-from dti_ray.telemetry.logs import in_worker, log_line, on_driver
+from dti_ray.telemetry.logs import log_line, on_driver
 from dti_ray.telemetry.series import RUN
 from dti_ray.telemetry.sinks import LINES, SeriesSink, series_tags
 from dti_ray.telemetry.trackers import check_trackers, open_trackers
-from dti_ray.train.board import Board, ListeningTorchConfig, OnLine, OnText, Relay, WorkerLink
+from dti_ray.train.board import Board, OnLine, OnText, Relay, WorkerParts
 from dti_ray.train.checkpoint import list_checkpoints
-from dti_ray.train.engine import build_engine
+from dti_ray.train.entry import ListeningTorchConfig, enter
 from dti_ray.train.failures import Failure, as_error, first_cause
-from dti_ray.train.host import settle
 from dti_ray.train.identity import check_same_run, write_identity
-from dti_ray.train.loop import Trainer, passes_per_step
+from dti_ray.train.inputs import Inputs, anywhere, check_fits, open_inputs
 from dti_ray.train.state import Progress
-from dti_ray.train.tokens import tokenizer_and_table
-from dti_ray.train.world import World
 
-AHEAD_STEPS = 8  # of rows that wait for the loop
 GO_ON = "the same command goes on from what was saved"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What runs on one data set share: opened and verified once, tokenised once."""
-
-    dataset: Dataset
-    table: TokenTable
-    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -112,54 +90,6 @@ def check_launch(config: RunConfig, inputs: Inputs | None = None) -> Launch:
     return Launch(config, storage, inputs.dataset, inputs.table, inputs.tokenizer)
 
 
-def anywhere(config: RunConfig) -> RunConfig:
-    """Return a configuration that means the same in a process with another working directory."""
-    model = config.model.model_copy(update={"name_or_path": absolute_name(config.model.name_or_path)})
-    return config.model_copy(update={"storage": StorageConfig(root=absolute(config.storage.root)), "model": model})
-
-
-def open_inputs(config: RunConfig, storage: Storage) -> Inputs:
-    """Open and verify the data set, and tokenise its catalogue.
-
-    Raises:
-        ConfigError: tokenizer or template do not fit.
-        InputError: the data set is not prepared, or has no training or validation targets.
-    """
-    dataset = open_dataset(storage, config.data.name)
-    verify_dataset(dataset)
-    for split, number in (("train", TRAIN), ("valid", VALID)):
-        if dataset.targets[number] == 0:
-            raise InputError(Fault(f"data set {dataset.name}", f"has no {split} targets", hint="check data.split"))
-    tokenizer, table = tokenizer_and_table(config, storage, dataset)
-    return Inputs(dataset, table, tokenizer)
-
-
-def check_fits(config: RunConfig, inputs: Inputs) -> None:
-    """Refuse rows that cannot hold a prompt, and a model that cannot be built or trained where it shall run.
-
-    Raises:
-        ConfigError: with what does not fit.
-    """
-    check_capacity(pack_spec(config.packing, config.prompt.context, TRAIN), inputs.table)
-    check_capacity(sliding_spec(config, "valid"), inputs.table, where="eval.row_tokens")
-    _check_model(config, inputs.table)
-
-
-def _check_model(config: RunConfig, table: TokenTable) -> None:
-    """Refuse here what would fail in a worker: the architecture, adapters, kernels that the devices lack."""
-    build_shape(config, table)
-    has_gpus = config.cluster.gpus_per_worker > 0
-    choose_backend(config.model.attention, "cuda" if has_gpus else "cpu")
-    needs_gpu = {"model.attention": config.model.attention == "flex", "model.liger": config.model.liger}
-    faults = [
-        Fault(name, "trains on GPUs only, and cluster.gpus_per_worker is 0", "auto or false, or GPUs")
-        for name, asked in needs_gpu.items()
-        if asked and not has_gpus
-    ]
-    if faults:
-        raise ConfigError(*faults)
-
-
 def launch(
     job: Launch, on_line: OnLine, on_text: OnText | None = None, table: ray.ObjectRef[TokenTable] | None = None
 ) -> Progress:
@@ -187,6 +117,8 @@ def launch(
         except ray.train.TrainingFailedError as error:
             lost = error
     failures = ray.get(board.all_failures.remote())
+    if failures or lost is not None:
+        _keep_traces(job, failures, lost)
     found = list_checkpoints(job.storage, job.folder)
     progress = found[-1].progress if found else Progress()
     if progress.targets >= job.total_targets:
@@ -243,7 +175,7 @@ def _trainer(job: Launch, parts: WorkerParts) -> TorchTrainer:
     for name in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
         os.environ.setdefault(name, str(cluster.collective_timeout_s))  # Ray hands them on to its controller
     return TorchTrainer(
-        _train_worker,
+        enter,
         train_loop_config={"parts": parts},
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
@@ -262,68 +194,28 @@ def _trainer(job: Launch, parts: WorkerParts) -> TorchTrainer:
     )
 
 
-@dataclass(frozen=True)
-class WorkerParts:
-    """What the driver hands to every worker, as it travels."""
-
-    config: RunConfig
-    table: ray.ObjectRef[TokenTable]
-    board: ActorProxy[Board]
-
-
-def _train_worker(job: dict[str, WorkerParts]) -> None:
-    """What every Ray Train worker runs: gather the parts, then the loop; tell how it ended."""
-    parts, device = job["parts"], get_device()
-    cluster = parts.config.cluster
-    settle(device, threads=max(1, int(cluster.cpus_per_worker)))
-    world = World(device)
-    # Rank 0 asks for all: a rank that was told otherwise than the rest would leave them waiting.
-    attempt, is_over = world.gather(ray.get(parts.board.begin.remote()) if world.rank == 0 else None)[0]
-    if is_over:
-        return
-    context = in_worker(parts.config.telemetry.log_format, parts.config.train.run, world.rank)
-    limits = (cluster.collective_timeout_s, cluster.setup_timeout_s)
-    link = WorkerLink(parts.board, world.rank, attempt, *limits, context)
-    nodes = world.gather(f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:6]}")
-    link.say(f"attempt {attempt}: {world.size} workers on {', '.join(dict.fromkeys(nodes))}")
-    try:
-        _train(parts, world, link)
-    except RunError as error:  # known to all ranks alike: nobody waits for this one, and another try would not help
-        link.fail(error)
-    except BaseException as error:
-        link.fail(error)
-        raise
-    finally:
-        link.close()
-
-
-def _train(parts: WorkerParts, world: World, link: WorkerLink) -> None:
-    config, table, device = parts.config, ray.get(parts.table), world.device
-    storage = Storage(config.storage.root)
-    dataset = open_dataset(storage, config.data.name)
-    rows = TrainingRows(dataset, table, config, through_ray=True)
-    found = list_checkpoints(storage, f"runs/{config.train.run}")
-    start = found[-1].progress.position if found else Position()
-    # From here on rows are packed and fetched, while the model is built.
-    with closing(RowsAhead(rows, world.rank, world.size, AHEAD_STEPS, start)) as ahead:
-        engine = build_engine(build_model(config, table), config, passes_per_step(config, rows, world.size), device)
-        world.limit_waits(config.cluster.collective_timeout_s)
-        Trainer(config, storage, rows, engine, world, link.report, link).run(ahead.at)
-
-
 def _resources(config: RunConfig) -> dict[str, float]:
     cluster = config.cluster
     gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker > 0 else {}
     return {"CPU": cluster.cpus_per_worker, **gpus}
 
 
+def _failure_file(job: Launch) -> str:
+    return f"{job.folder}/failure.txt"
+
+
+def _keep_traces(job: Launch, failures: Sequence[Failure], lost: Exception | None) -> None:
+    """Write how workers ended, also of a run that went on: whoever wonders about a restart finds the reason there."""
+    traces = [f"rank {one.rank}, attempt {one.attempt}, step {one.step}\n{one.trace}" for one in failures]
+    job.storage.write(_failure_file(job), "\n".join([*traces, str(lost or "")]).encode())
+
+
 def _run_error(job: Launch, failures: Sequence[Failure], lost: Exception | None) -> DtiRayError:
     """Name the first failing rank's own error, where its traceback lies, and how to go on."""
-    path = f"{job.folder}/failure.txt"
+    where = job.storage.display(_failure_file(job))
     cause = first_cause(failures)
-    traces = [f"rank {one.rank}, attempt {one.attempt}, step {one.step}\n{one.trace}" for one in failures]
-    job.storage.write(path, "\n".join([*traces, str(lost or "")]).encode())
     if cause is not None:
-        return as_error(cause, job.storage.display(path))
+        return as_error(cause, where)
     reason = str(lost or "its workers ended early").strip().splitlines()[-1]
-    return RunError(Fault(f"run {job.config.train.run}", reason, hint=f"see {job.storage.display(path)}; {GO_ON}"))
+    hint = GO_ON if lost is None else f"see {where}; {GO_ON}"
+    return RunError(Fault(f"run {job.config.train.run}", reason, hint=hint))

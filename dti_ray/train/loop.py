@@ -12,6 +12,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -148,7 +149,13 @@ class Trainer:
         progress, tally = self.restore()
         self.link.reach(progress.step)
         rows = (rows_at or self.rows_at)(progress.position)
-        sink = MetricSink(self.storage, self.folder, progress.step) if self.world.rank == 0 else None
+        with MetricSink(self.storage, self.folder, progress.step) if self.world.rank == 0 else nullcontext() as sink:
+            return self.train(rows, sink, progress, tally)
+
+    def train(
+        self, rows: Iterator[tuple[Position, StepRows]], sink: MetricSink | None, progress: Progress, tally: Tally
+    ) -> Progress:
+        """Train from where the run stands; see `run`."""
         progress = self.validate_and_save(sink, progress, tally)
         started = time.monotonic() - progress.seconds
         for step in self.steps(rows):
@@ -167,8 +174,6 @@ class Trainer:
                 tally = Tally()
             progress = self.validate_and_save(sink, progress, tally)
         self.saver.finish()
-        if sink is not None:
-            sink.close()
         return progress
 
     def restore(self) -> tuple[Progress, Tally]:

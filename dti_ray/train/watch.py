@@ -19,6 +19,7 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 EXIT_STUCK = 75
 CHECK_S = 1.0
+INNERMOST = 8  # calls of a thread beside the watched one
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
@@ -28,7 +29,7 @@ class Watch:
     Args:
         limit_s: longest time between two beats.
         setup_s: longest time before the first one: a large model may take its time to load.
-        on_stuck: called once with (stack, whether it stands in a collective).
+        on_stuck: called once with (stacks of all threads, the watched one's last; whether it stands in a collective).
         end: ends the process.
     """
 
@@ -67,7 +68,7 @@ class Watch:
             stack, is_waiting = stack_of(self.watched)
             if not self.is_told:
                 self.is_told = True
-                self._tell(stack, is_waiting)
+                self._tell(stacks_beside(self.watched) + stack, is_waiting)
             if not is_waiting or idle_s > 2 * self.allowed_s:
                 self.end(EXIT_STUCK)
                 return
@@ -77,6 +78,16 @@ class Watch:
             self.on_stuck(stack, is_waiting)
         except Exception:  # whoever was to be told may be what this rank waits for; it must end all the same
             log.exception("could not tell where this rank stands:\n%s", stack)
+
+
+def stacks_beside(thread: int) -> str:
+    """Return the innermost calls of the other threads: what the thread waits for may be one of them."""
+    names = {one.ident: one.name for one in threading.enumerate()}
+    others = (item for item in sys._current_frames().items() if item[0] not in (thread, threading.get_ident()))
+    return "".join(
+        f"thread {names.get(ident, '?')}\n{''.join(traceback.format_stack(frame, -INNERMOST))}"
+        for ident, frame in others
+    )
 
 
 def stack_of(thread: int) -> tuple[str, bool]:

@@ -12,19 +12,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dti_ray.config import RunConfig, differences, from_yaml
+from dti_ray.config import RunConfig
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.errors import ConfigError, Fault, InputError
 from dti_ray.model.shape import build_shape
 from dti_ray.storage import Storage
 from dti_ray.telemetry.trackers import check_trackers
-from dti_ray.train.launch import Inputs, anywhere, check_fits, open_inputs
+from dti_ray.train.identity import check_same_base
+from dti_ray.train.inputs import Inputs, anywhere, check_fits, open_inputs, shares_inputs
 from dti_ray.tune.keeper import config_of
 from dti_ray.tune.ledger import RunState
 from dti_ray.tune.retention import states_gb
 from dti_ray.tune.search import check_plan, plan_ahead, plan_first
 from dti_ray.tune.space import check_space, check_together, corners
-from dti_ray.tune.trial import shares_inputs
 
 STATE_BYTES_PER_WEIGHT = 12  # the weight and AdamW's two moments, fp32
 
@@ -117,23 +117,9 @@ def concurrency(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> int:
 
 
 def _check_same_base(config: RunConfig, storage: Storage) -> None:
-    path = f"sweeps/{config.tune.sweep}/config.yaml"
-    if not storage.exists(path):
+    if not storage.exists(f"sweeps/{config.tune.sweep}/config.yaml"):
         _check_no_old_runs(config, storage)
-        return
-    stored = from_yaml(storage.read(path).decode())
-    found = differences(stored, config)
-    if stored.eval.every_targets != config.eval.every_targets:  # runs are compared where they are validated
-        was, now = stored.eval.every_targets, config.eval.every_targets
-        found.append(Fault("eval.every_targets", f"got {now}", f"{was} as in the stored sweep"))
-    if found:
-        raise InputError(
-            Fault(
-                f"tune.sweep={config.tune.sweep}", "exists with another base configuration",
-                hint="choose another tune.sweep, or use the stored values:",
-            ),
-            *found,
-        )  # fmt: skip
+    check_same_base("tune.sweep", config.tune.sweep, config, storage)
 
 
 def _check_trials_fit(config: RunConfig, inputs: Inputs) -> None:

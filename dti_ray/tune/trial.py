@@ -22,7 +22,8 @@ from dti_ray.errors import ConfigError, DtiRayError, Fault, InputError, RunError
 from dti_ray.estimate import flops_per_target
 from dti_ray.telemetry import Line, read_lines
 from dti_ray.train.checkpoint import adopt, list_checkpoints
-from dti_ray.train.launch import Inputs, Launch, check_launch, launch
+from dti_ray.train.inputs import Inputs, shares_inputs
+from dti_ray.train.launch import Launch, check_launch, launch
 from dti_ray.tune.keeper import Job, Keeper
 
 
@@ -93,13 +94,6 @@ def unreported(checked: Launch, reported: int) -> list[Line]:
     validated = states[-1].progress.validated if states else 0
     lines = read_lines(checked.storage, checked.folder, "valid")
     return [line for line in lines if reported < line["targets"] <= validated]
-
-
-def shares_inputs(base: RunConfig, config: RunConfig) -> bool:
-    """Say whether two runs read the same tokens."""
-    names = ("name_or_path", "gguf_file")
-    are_same_models = all(getattr(base.model, name) == getattr(config.model, name) for name in names)
-    return base.prompt == config.prompt and are_same_models
 
 
 def take_over(checked: Launch, sources: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def main() -> int:
     env = {name: os.environ[name] for name in names if name in os.environ}
     where = {"address": address, **({"num_cpus": 6} if address == "local" else {})}
     ray.init(**where, runtime_env={"env_vars": env}, log_to_driver=False, logging_level="ERROR")
-    launch._train_worker = faults.worker
+    launch.enter = faults.worker
     filler = Path(fault["fill"]) / "filler" if "fill" in fault else None
 
     def on_line(kind: str, line: dict[str, float]) -> None:

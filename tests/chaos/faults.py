@@ -17,10 +17,8 @@ import ray.train
 import torch
 
 from dti_ray.data.plan import count_steps
-from dti_ray.train import launch
+from dti_ray.train.entry import enter
 from dti_ray.train.loop import Step, Tally, Trainer
-
-train_worker = launch._train_worker  # before the driver puts `worker` in its place
 
 
 def number_of(trainer: Trainer, step: Step) -> int:
@@ -57,6 +55,6 @@ def worker(job: dict[str, Any]) -> None:
 
     Trainer.train_step = train_step
     try:
-        train_worker(job)
+        enter(job)
     finally:
         Trainer.train_step = plain

@@ -74,9 +74,10 @@ class Run:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"at"'):
-                self.said.append(json.loads(line))
+        with self.process.stdout as lines:
+            for line in lines:
+                if line.startswith('{"at"'):
+                    self.said.append(json.loads(line))
 
     def wait_for_step(self, step: int, timeout_s: float = RUN_S) -> None:
         deadline = time.monotonic() + timeout_s

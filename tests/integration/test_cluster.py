@@ -54,60 +54,52 @@ def result(told: str) -> dict[str, object]:
     return json.loads(told.strip().splitlines()[-1])
 
 
-def test_job_killed_is_failed_sent_again_goes_on_and_stopped_keeps_its_state(cluster: JobCluster, root: str) -> None:
-    command = train(root, "killed", LONG, "--json")
+def test_job_outlives_its_driver_and_a_node_and_is_stopped_with_its_state_saved(cluster: JobCluster, root: str) -> None:
+    command = train(root, "long", LONG, "--json")
     first = cluster.start(*command)
-    wait_until(lambda: is_training(root, "killed"), "the job trains")
+    wait_until(lambda: is_training(root, "long"), "the job trains")
     twin = cluster.start(*command)
     assert twin.stdout is not None
-    assert "job train.killed: lives already, attached" in twin.stdout.readline()
-    (driver,) = drivers(["train.run=killed"])
+    assert "job train.long: lives already, attached" in twin.stdout.readline()
+    (driver,) = drivers(["train.run=long"])
     driver.kill()
     for follower in (first, twin):
         told, _ = follower.communicate(timeout=120)
         assert follower.returncode == 3, told
         assert result(told)["status"] == "FAILED"
 
-    reached = steps(root, "killed")[-1]
+    reached = steps(root, "long")[-1]
     again = cluster.start(*command)
-    wait_until(lambda: steps(root, "killed")[-1] > reached + 5, "it goes on")
-    code, told = cluster.call(*train(root, "killed", "optim.epochs=1"))
+    wait_until(lambda: steps(root, "long")[-1] > reached + 5, "it goes on")
+    code, told = cluster.call(*train(root, "long", "optim.epochs=1"))
     assert code == 2
-    assert "train.killed~2: runs there with another configuration" in told
-    code, told = cluster.call("jobs", "stop", "train.killed", "--json")
-    assert (code, result(told)) == (0, {"id": "train.killed~2", "status": "STOPPED"}), told
+    assert "train.long~2: runs there with another configuration" in told
+
+    cluster.replace_node(cluster.node_of("ray::RayTrainWorker"))
+    reached = steps(root, "long")[-1]
+    wait_until(lambda: steps(root, "long")[-1] > reached + 5, "it goes on without a person")
+    code, told = cluster.call("jobs", "stop", "train.long", "--json")
+    assert (code, result(told)) == (0, {"id": "train.long~2", "status": "STOPPED"}), told
     told, _ = again.communicate(timeout=120)
     assert again.returncode == 3, told
-    assert "restored step" in told
-    assert "SIGTERM: saving the state" in told
-    assert not drivers(["train.run=killed"])
+    for words in ("attempt 1: 2 workers", "attempt 2: 2 workers", "restored step", "SIGTERM: saving the state"):
+        assert words in told, told
+    assert not drivers(["train.run=long"])
 
-    trained = steps(root, "killed")
-    newest = list_checkpoints(Storage(root), "runs/killed")[-1]
+    trained = steps(root, "long")
+    newest = list_checkpoints(Storage(root), "runs/long")[-1]
     assert newest.progress.step >= trained[-1], "the state was saved when it was stopped"
     assert trained == sorted(set(trained)), "no step twice"
 
 
-def test_job_ends_well_though_a_node_of_its_workers_is_taken_away(cluster: JobCluster, root: str) -> None:
-    job = cluster.start(*train(root, "moved", "optim.epochs=40", "--json"))
-    wait_until(lambda: is_training(root, "moved"), "the job trains")
-    cluster.replace_node(cluster.node_of("ray::RayTrainWorker"))
-    told, _ = job.communicate(timeout=400)
-    assert job.returncode == 0, told
-    assert "attempt 2: 2 workers" in told
-    assert "restored step" in told
-    trained = steps(root, "moved")
-    assert trained == sorted(set(trained)), "no step twice"
-
-
 def test_log_can_be_left_and_read_again(cluster: JobCluster, root: str) -> None:
-    code, told = cluster.call(*train(root, "left", "optim.epochs=1", "--detach", "--json"))
-    assert (code, result(told)) == (0, {"id": "train.left", "attached": False}), told
-    code, followed = cluster.call("jobs", "logs", "train.left", "--follow")
+    code, told = cluster.call("submit", "evaluate", "--root", root, "train.run=long", "--detach", "--json")
+    assert (code, result(told)) == (0, {"id": "evaluate.long", "attached": False}), told
+    code, followed = cluster.call("jobs", "logs", "evaluate.long", "--follow")
     assert code == 0, followed
-    code, told = cluster.call("jobs", "logs", "train.left")
+    code, told = cluster.call("jobs", "logs", "evaluate.long")
     assert told in followed, "the same text, and the word that it ended"
-    code, told = cluster.call("jobs", "stop", "train.left")
+    code, told = cluster.call("jobs", "stop", "evaluate.long")
     assert code == 0
     assert "had ended before (SUCCEEDED)" in told
 

@@ -9,16 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 
+from dti_ray.data.gather import write_parquet
 from dti_ray.storage import Storage
 from tests.conftest import INTER_HEADING, ITEM_HEADING
 from tests.jobs import ROOT, JobCluster, job_cluster
 from tests.manifests import K8S, entry_points, of_kind, render
 from tests.seaweed import Seaweed
 
-pytestmark = [pytest.mark.cluster, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cluster, pytest.mark.long, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900),
+]  # fmt: skip
 
 USERS, ITEMS, INTERACTIONS = 30, 20, 20
 SMALL = {
@@ -54,6 +58,8 @@ def lay_out(storage: Storage, folder: Path) -> None:
     for name, lines in (("inter", [INTER_HEADING, *events]), ("item", [ITEM_HEADING, *items])):
         (folder / f"ml-100k.{name}").write_text("\n".join(lines) + "\n")
     storage.upload(folder, "raw/ml-100k")
+    asked = pa.table({"user_id": range(USERS), "candidates": [[1, 2, 3]] * USERS})
+    write_parquet(storage, "requests", "part-0.parquet", asked)
 
 
 def write_overlay(folder: Path, root: str) -> None:
@@ -71,10 +77,14 @@ def write_overlay(folder: Path, root: str) -> None:
         "namespace": "dti-ray",
         "resources": [os.path.relpath(K8S / "overlays/dev", folder)],
         "configMapGenerator": [
-            {"name": "dti-ray", "behavior": "merge", "files": ["run.yaml", "tune.yaml", "cluster.yaml"]}
+            {"name": "dti-ray", "behavior": "merge", "files": ["run.yaml", "tune.yaml", "cluster.yaml", "score.yaml"]}
         ],
     }
-    texts = {"kustomization": kustomization, "run": {**run, **SMALL}, "tune": SPACE, "cluster": settings}
+    place, mark, options = root.partition("?")
+    asked = {"score": {"name": "asked", "input": f"{place}/requests{mark}{options}"}}
+    texts = {
+        "kustomization": kustomization, "run": {**run, **SMALL}, "tune": SPACE, "cluster": settings, "score": asked,
+    }  # fmt: skip
     for name, tree in texts.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
 
@@ -92,7 +102,7 @@ def test_jobs_of_the_manifests_go_from_a_raw_log_to_a_finished_sweep(
     points = entry_points(manifests)
     jobs: dict[str, Any] = {one["metadata"]["name"]: one["spec"] for one in of_kind(manifests, "RayJob")}
 
-    for name in ("prepare", "train", "evaluate", "tune"):
+    for name in ("prepare", "train", "evaluate", "tune", "score"):
         arguments = points[name].written(tmp_path / "mounted")
         cpus = str(jobs[name].get("entrypointNumCpus", 0))
         # What KubeRay's submitter runs.
@@ -106,5 +116,8 @@ def test_jobs_of_the_manifests_go_from_a_raw_log_to_a_finished_sweep(
     evaluation = json.loads(storage.read("runs/demo/metrics/evaluation_test.json"))
     assert evaluation["metrics"]["targets"] == USERS * INTERACTIONS // 10
     assert storage.exists("sweeps/two/best.yaml")
+    scores = storage.read_manifest("scores/asked")
+    assert scores is not None
+    assert (scores[1]["rows_out"], scores[1]["counts"]["pairs_scored"]) == (USERS, 3 * USERS)
     ledger = [json.loads(line) for line in storage.read("sweeps/two/ledger.jsonl").splitlines()]
     assert sum(one["event"] == "done" for one in ledger) == 2

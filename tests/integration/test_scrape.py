@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from dti_ray.errors import StoppedError
@@ -18,8 +16,12 @@ from dti_ray.telemetry import Line
 from dti_ray.telemetry.series import SERIES
 from dti_ray.train.launch import check_launch, launch
 from tests.builders import make_config, write_dataset
+from tests.ray_nodes import samples
 
-pytestmark = [pytest.mark.cluster, pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.cluster, pytest.mark.long, pytest.mark.integration, pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+]  # fmt: skip
 
 PATIENCE_S = 120  # Ray's processes report every 10 s
 
@@ -63,17 +65,6 @@ def test_scrape_during_a_run_shows_every_declared_series_with_its_tags(tmp_path:
     steps = [record["step"] for record in said if "metrics" in record]
     assert steps == [record["metrics"]["step"] for record in said if "metrics" in record]
     assert steps == sorted(steps)
-
-
-def samples() -> Iterator[Sample]:
-    """Yield what all nodes export now."""
-    import ray
-
-    for node in ray.nodes():
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            for family in text_string_to_metric_families(answer.read().decode()):
-                yield from family.samples
 
 
 def records() -> Iterator[dict[str, object]]:

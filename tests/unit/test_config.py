@@ -29,9 +29,10 @@ from dti_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 OTHER_VALUES = (
-    True, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier", "linear",
-    "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap", ["title"],
-    "skip", "tpe", "log_loss", "median", "json", [1], [{"packing.k": 5}],
+    True, False, 1, 2, 3, 7, 8, 512, 100_000, 0.05, 0.3, "other", "all", "tokens", "global_time", "strictly_earlier",
+    "linear", "dense", "log1p", "drop", "distance", "torch", "fp32", "movielens", "ms", "UTC", "quarantine", "gap",
+    ["title"], "first", "skip", "sliding", "tpe", "log_loss", "median", "json", "null", [1], [{"packing.k": 5}],
+    {"other": {}, "title": {"final": True}}, [{"title": "one", "rows": ["other"]}],
     {"packing.k": {"choice": [1, 2]}, "optim.lr": {"uniform": [0.1, 0.2]}},
 )  # fmt: skip
 
@@ -156,6 +157,8 @@ def test_value_out_of_range_names_its_path_what_was_got_and_what_was_expected(ov
         (["model.heads=4", "model.kv_heads=3"], "heads must be a multiple of kv_heads"),
         (["packing.streams=4", "cluster.workers=3"], "packing.streams must be a multiple of cluster.workers"),
         (["train.engine=torch", "cluster.workers=2"], "set cluster.workers=1"),
+        (["packing.k=all", "packing.k_min=5"], "packing: k_min=5 draws from k_min to k, which is all"),
+        (["packing.k_min=21"], "packing: k_min=21 is above k=20: lower packing.k_min or raise packing.k"),
         (["optim.targets_per_step=3", "packing.streams=4"], "optim.targets_per_step must be at least"),
     ],
 )
@@ -321,19 +324,25 @@ def test_stored_yaml_that_does_not_fit_is_a_config_error(text: str) -> None:
         from_yaml(text)
 
 
-ANY = load_config([], ["cluster.workers=1", "model.name_or_path=folder", "data.source=tabular", "data.path=logs"])
+ANY = with_values(
+    load_config([], ["cluster.workers=1", "model.name_or_path=folder", "data.source=tabular", "data.path=logs"]),
+    {"study.rows": {"other": {}, "title": {}}},
+)
 
 
 FREE = {
     "train.log_targets", "train.max_failures", "train.max_skipped", "train.on_nonfinite", "train.peak_tflops",
-    "train.rows_per_pass", "train.zero_stage", "eval.bootstrap", "eval.every_targets",
+    "train.rows_per_pass", "train.zero_stage", "eval.bootstrap", "eval.every_targets", "eval.protocol",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("key", list(leaves()))
 def test_hash_names_what_is_learnt_and_not_where(key: str) -> None:
     other = changed(ANY, key)
-    is_where = key.startswith(("storage.", "cluster.", "checkpoint.", "telemetry.", "tune.")) or key in FREE
+    is_where = (
+        key.startswith(("storage.", "cluster.", "checkpoint.", "telemetry.", "tune.", "score.", "serve.", "study."))
+        or key in FREE
+    )
     assert (config_hash(other) == config_hash(ANY)) == is_where
     assert [fault.where for fault in differences(ANY, other)] == ([] if is_where else [key])
 

@@ -6,6 +6,7 @@ import pytest
 
 from dti_ray.config import RunConfig
 from dti_ray.data.interactions import read_all
+from dti_ray.data.mixture import mean_targets
 from dti_ray.data.packing import pack
 from dti_ray.estimate import Cost, _saved_bytes, estimate
 from dti_ray.model.backbone import build_model
@@ -49,6 +50,15 @@ def test_activations_of_shallow_copies_foretell_those_of_the_whole_depth(tmp_pat
         assert measured < everything / 3
         measured += everything // 6
     assert packed.memory.activations / packed.pass_tokens == pytest.approx(measured / row.size_tokens, rel=0.1)
+
+
+def test_mixture_costs_what_its_draws_cost(tmp_path: Path) -> None:
+    _, (sliding, packed) = costs(tmp_path / "plain")
+    _, (_, mixed) = costs(tmp_path / "mixed", "packing.k_min=1")
+    assert (mixed.k, mixed.k_min, packed.k_min) == (5, 1, None)
+    assert sliding.tokens > mixed.tokens > packed.tokens
+    per_prompt = (sliding.tokens - packed.tokens) / (1 - 1 / 5)  # context tokens of a prompt of its own, all targets
+    assert mixed.tokens == pytest.approx(packed.tokens + per_prompt * (1 / mean_targets(1, 5) - 1 / 5), rel=0.1)
 
 
 def test_sliding_tail_costs_its_share(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sklearn import metrics as reference
 
 from dti_ray import metrics
 from dti_ray.errors import InputError
-from dti_ray.metrics import Metrics, Predictions, evaluate, paired_difference
+from dti_ray.metrics import Metrics, Predictions, bootstrap, evaluate, paired_difference
 
 TIED = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5, 0.75, 1.0])
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), TIED, st.integers(0, 3)), min_size=2, max_size=40)
@@ -185,7 +185,7 @@ def test_bootstrap_is_reproducible_and_follows_its_seed() -> None:
 def test_chunk_size_does_not_change_the_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = simulate(targets=300, users=31, seed=1)
     whole = evaluate(predictions, 25, seed=7)
-    monkeypatch.setattr(metrics, "CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr(bootstrap, "CHUNK_WEIGHTS", 1000)
     chunked = evaluate(predictions, 25, seed=7)
     assert (chunked.auc.low, chunked.auc.high) == pytest.approx((whole.auc.low, whole.auc.high), abs=1e-12)
     assert (chunked.ne.low, chunked.ne.high) == pytest.approx((whole.ne.low, whole.ne.high), abs=1e-12)
@@ -213,19 +213,37 @@ def test_interval_widens_when_targets_of_a_user_repeat_each_other() -> None:
 
 def test_paired_difference_of_a_model_with_itself_is_exactly_zero() -> None:
     predictions = simulate(targets=100, users=20, seed=0)
-    assert paired_difference(predictions, predictions, 50, seed=0) == metrics.Estimate(0.0, 0.0, 0.0)
+    none = metrics.Estimate(0.0, 0.0, 0.0)
+    assert paired_difference(predictions, predictions, 50, seed=0) == {"auc": none, "log_loss": none}
 
 
-def test_paired_difference_is_narrower_than_two_intervals_and_changes_sign_with_the_order() -> None:
+@pytest.mark.parametrize(("metric", "sign"), [("auc", 1), ("log_loss", -1)])
+def test_paired_difference_is_narrower_than_two_intervals_and_changes_sign_with_the_order(
+    metric: str, sign: int
+) -> None:
     a = simulate(targets=2000, users=100, seed=4)
     noise = np.random.default_rng(0).normal(0, 0.1, len(a))
     b = Predictions(a.user, a.label, np.clip(a.probability + noise, 0, 1))
-    difference, back = paired_difference(a, b, 300, seed=1), paired_difference(b, a, 300, seed=1)
-    auc_a, auc_b = evaluate(a, 300, seed=1).auc, evaluate(b, 300, seed=1).auc
-    assert difference.value == pytest.approx(auc_a.value - auc_b.value)
-    assert 0 < difference.low <= difference.value <= difference.high
-    assert difference.high - difference.low < (auc_a.high - auc_a.low) / 2
+    difference, back = (paired_difference(*pair, 300, seed=1)[metric] for pair in ((a, b), (b, a)))
+    one, other = (getattr(evaluate(predictions, 300, seed=1), metric) for predictions in (a, b))
+    assert difference.value == pytest.approx(one.value - other.value)
+    assert sign * difference.value > 0
+    assert difference.low <= difference.value <= difference.high
+    assert min(sign * difference.low, sign * difference.high) > 0
+    if metric == "auc":
+        assert difference.high - difference.low < (one.high - one.low) / 2
     assert (back.value, back.low, back.high) == pytest.approx((-difference.value, -difference.high, -difference.low))
+
+
+def test_models_ranked_once_meet_the_same_users_in_every_pass() -> None:
+    a = simulate(targets=300, users=40, seed=6)
+    b = Predictions(a.user, a.label, np.sqrt(a.probability * (1 - a.probability)))
+    one, other = (metrics.Ranking.of(model.label, model.probability) for model in (a, b))
+    draws = [one.auc(weight) - other.auc(weight) for weight in metrics.user_weights(a.user, 200, seed=3)]
+    value = metrics.auc(a.label, a.probability) - metrics.auc(b.label, b.probability)
+    assert metrics.Estimate.of(value, draws) == paired_difference(a, b, 200, seed=3)["auc"]
+    first, second = (np.concatenate(list(metrics.user_weights(a.user, 5, seed=3))) for _ in range(2))
+    assert np.array_equal(first, second)
 
 
 def test_paired_difference_refuses_different_targets() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dti_ray.telemetry.series import SERIES
+from dti_ray.telemetry.series import SERIES, SERVING
 from tests.manifests import render
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,8 @@ RULES: list[dict[str, Any]] = [
     for group in yaml.safe_load((FOLDER / "rules.yaml").read_text(encoding="utf-8"))["spec"]["groups"]
     for rule in group["rules"]
 ]
-DECLARED = {series.exported for series in SERIES}
+ALL = (*SERIES, *SERVING)
+DECLARED = {series.exported for series in ALL}
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 WORDS = {"and", "or", "unless", "on", "ignoring", "by", "without", "offset", "bool", "group_left", "group_right"}
 COLUMNS = 24  # of Grafana's grid
@@ -83,16 +84,16 @@ def test_alerts_say_which_run_what_is_wrong_and_what_to_do() -> None:
 
 
 def test_series_have_the_names_that_prometheus_wants() -> None:
-    assert len({series.name for series in SERIES}) == len(SERIES)
-    assert len({(series.line, series.key) for series in SERIES}) == len(SERIES)
-    for series in SERIES:
+    assert len({series.name for series in ALL}) == len(ALL)
+    assert len({(series.line, series.key) for series in ALL}) == len(ALL)
+    for series in ALL:
         assert re.fullmatch(r"dti_[a-z_]+", series.name)
         assert not series.name.endswith("_total"), "the format appends it to counters"
         assert series.name.endswith("_ratio") == (series.unit == "share")
 
 
 def test_panels_are_grouped_and_do_not_overlap() -> None:
-    assert [row["title"] for row in panels("row")] == ["Speed", "Quality", "Health", "Data"]
+    assert [row["title"] for row in panels("row")] == ["Speed", "Quality", "Health", "Data", "Serving"]
     assert len({panel["id"] for panel in panels()}) == len(panels())
     for panel in panels():
         place = panel["gridPos"]
@@ -129,8 +130,7 @@ def test_documented_table_is_the_declared_one() -> None:
     text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
     rows = [tuple(cell.strip(" `") for cell in line.split("|")[1:-1]) for line in text.splitlines() if "`ray_" in line]
     assert [row for row in rows if len(row) == 5] == [
-        (series.exported, series.kind, series.unit, f"{series.line}.{series.key}", series.description)
-        for series in SERIES
+        (series.exported, series.kind, series.unit, f"{series.line}.{series.key}", series.description) for series in ALL
     ]
 
 

@@ -43,6 +43,7 @@ def test_job_is_named_after_what_it_writes() -> None:
     assert planned("train", ROOT, "train.run=first").name == "train.first"
     assert planned("evaluate", ROOT, "first", "--split", "valid").name == "evaluate.first"
     assert planned("tune", ROOT, "tune.sweep=wide").name == "tune.wide"
+    assert planned("score", ROOT, "first", "score.name=daily").name == "score.daily"
 
 
 def test_files_travel_as_one_and_overrides_and_options_as_they_are(tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def test_what_changes_the_work_changes_the_content() -> None:
         (["packing.kk=3", ROOT], "packing.kk: unknown key; did you mean packing.k?"),
         ([], "storage.root: got 'outputs', which is relative to this folder"),
         ([ROOT, "data.path=logs"], "data.path: got 'logs'"),
+        ([ROOT, "score.input=asked"], "score.input: got 'asked'"),
     ],
 )
 def test_job_that_cannot_work_there_is_refused_here(arguments: list[str], told: str) -> None:

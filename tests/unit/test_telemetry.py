@@ -8,9 +8,12 @@ import logging
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from dti_ray.data.interactions import open_dataset
 from dti_ray.data.pipeline import TrainingRows
 from dti_ray.model.backbone import build_model
 from dti_ray.storage import Storage
-from dti_ray.telemetry import Line, Sinks, read_lines
+from dti_ray.telemetry import Line, MetricSink, Sinks, read_lines
 from dti_ray.telemetry.courier import Courier, Entry, TrackedRun
 from dti_ray.telemetry.logs import in_worker, log_line, on_driver
 from dti_ray.telemetry.series import RUN, SERIES
@@ -157,6 +160,22 @@ def test_gauges_are_set_again_until_the_run_ends_because_ray_forgets_them() -> N
     shelf.values.clear()
     time.sleep(0.05)
     assert shelf.values == {}
+
+
+def test_no_event_file_stays_here_however_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "local").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    storage = Storage(str(tmp_path / "root"))
+    with MetricSink(storage, "runs/well", 0) as sink:
+        sink.add("train", {"step": 1, "targets": 10, "loss": 0.5})
+    with suppress(ValueError), MetricSink(storage, "runs/badly", 0) as sink:
+        sink.add("train", {"step": 1, "targets": 10, "loss": 0.5})
+        sink.flush()
+        raise ValueError
+    assert list((tmp_path / "local").iterdir()) == []
+    for run in ("runs/well", "runs/badly"):
+        assert [line["loss"] for line in read_lines(storage, run, "train")] == [0.5]
+        assert len(list((tmp_path / "root" / run / "tensorboard").iterdir())) == 1
 
 
 def test_several_sinks_hear_the_same_lines() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.sources import amazon, kuairand, movielens, tabular
 from dti_ray.data.sources.raw import RawLog
 from dti_ray.storage import Storage

@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from dti_ray.config.data import DataConfig
 from dti_ray.config.label import parse_label
-from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import formats, headings, lines
 from dti_ray.data.sources.files import base_name, raw_place, with_members
 from dti_ray.data.sources.formats import Format, nested_text

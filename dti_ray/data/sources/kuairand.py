@@ -23,8 +23,8 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dti_ray.config.data import DataConfig
 from dti_ray.config.label import parse_label
-from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import formats, headings
 from dti_ray.data.sources.files import base_name, raw_place, with_members
 from dti_ray.data.sources.formats import Format

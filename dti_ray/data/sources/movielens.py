@@ -17,8 +17,8 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import PurePosixPath
 
+from dti_ray.config.data import DataConfig
 from dti_ray.config.label import parse_label
-from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import films, headings
 from dti_ray.data.sources.files import MEMBER, Place, base_name, raw_place, with_members
 from dti_ray.data.sources.formats import Format, Layout

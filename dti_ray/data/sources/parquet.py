@@ -49,15 +49,20 @@ def cut(rows: list[int], piece_rows: int) -> list[tuple[int, int]]:
 
 
 def batches(
-    storage: Storage, file: str, columns: Mapping[str, str], row_groups: tuple[int, int] | None, first_row: int
+    storage: Storage,
+    file: str,
+    columns: Mapping[str, str],
+    row_groups: tuple[int, int] | None,
+    first_row: int,
+    batch_rows: int = BATCH_ROWS,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a file's rows, or those of some row groups; see `formats.batches`."""
+    """Yield a file's rows, or those of some row groups, up to `batch_rows` at a time; see `formats.batches`."""
     with (
         random_access(storage, file) as source,
         pq.ParquetFile(source, page_checksum_verification=True, memory_map=False) as parquet,
     ):
         check_present(columns.values(), parquet.schema_arrow.names, storage.display(file))
         groups = range(*(row_groups or (0, parquet.num_row_groups)))
-        for batch in parquet.iter_batches(BATCH_ROWS, list(groups), sorted(set(columns.values())), use_threads=False):
+        for batch in parquet.iter_batches(batch_rows, list(groups), sorted(set(columns.values())), use_threads=False):
             yield marked({name: batch[heading] for name, heading in columns.items()}, first_row, rows=len(batch))
             first_row += len(batch)

@@ -16,8 +16,8 @@ from functools import partial
 
 import pyarrow as pa
 
+from dti_ray.config.data import DataConfig
 from dti_ray.config.label import parse_label
-from dti_ray.config.schema import DataConfig
 from dti_ray.data.sources import delimited, formats, headings
 from dti_ray.data.sources.files import MEMBER, ZIP, Place, place
 from dti_ray.data.sources.formats import ENDINGS, Format, Kind, Layout

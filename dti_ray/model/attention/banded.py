@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from dti_ray.model.attention.bands import from_slots, lay_bands, to_bands, to_blocks, to_rows, to_slots
-from dti_ray.model.attention.plan import HIDDEN, AttentionPlan, Copy, for_all_heads, unrotate
+from dti_ray.model.attention.plan import HIDDEN, AttentionPlan, Copy, for_all_heads
+from dti_ray.model.attention.rotary import unrotate
 
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -97,13 +98,15 @@ class BandedKeys:
         return to_bands(x, self.bands.blocks, self.bands.back)
 
     def for_content(self, query: Tensor) -> list[Part]:
-        """Return what content queries meet: the prefix, unrotated on both sides, and the bands."""
+        """Return what content queries meet: the prefix, if pinned unrotated on both sides, and the bands."""
         heads, copies = query.shape[1], len(self.contents)
         blocks = to_blocks(query, self.bands.blocks)
         masks = self.banded.band_masks("content", copies, heads, query.dtype)
         bands = zip(self.band_keys, self.band_values, masks, strict=True)
         return [
-            *self.pinned(lambda: to_blocks(unrotate(query, self.turns[1]), self.bands.blocks)),
+            *self.prefix(
+                self.plan.is_pinned, blocks, lambda: to_blocks(unrotate(query, self.turns[1]), self.bands.blocks)
+            ),
             *(Part(blocks, key, value, mask) for key, value, mask in bands),
         ]
 
@@ -119,18 +122,24 @@ class BandedKeys:
         own = torch.full([slots.shape[2]] * 2, HIDDEN, device=query.device).fill_diagonal_(0.0)
         bands = zip(keys, self.band_values, self.banded.band_masks("sum", copies, heads, torch.float32), strict=True)
         return [
-            *self.pinned(lambda: slots if drop else to_slots(unrotate(query, self.turns[2]), self.bands)),
+            *self.prefix(
+                drop or self.plan.is_pinned,
+                slots,
+                lambda: slots if drop else to_slots(unrotate(query, self.turns[2]), self.bands),
+            ),
             *(Part(slots, key, value, mask) for key, value, mask in bands),
             Part(slots, to_slots(own_key, self.bands), to_slots(own_value, self.bands), own[None, None]),
         ]
 
-    def pinned(self, flat_query: Callable[[], Tensor]) -> list[Part]:
+    def prefix(self, is_flat: bool, query: Tensor, flat_query: Callable[[], Tensor]) -> list[Part]:
         """Return the prefix as everyone behind it meets it; nothing where there is none."""
         if not self.plan.sizes[0]:
             return []
-        prefix = (unrotate(self.ahead[0], self.turns[0]), self.ahead[1])
-        key, value = (x.unsqueeze(1).expand(-1, self.bands.blocks, -1, -1, -1).flatten(0, 1) for x in prefix)
-        return [Part(flat_query(), key, value, None)]
+        key, value = self.ahead
+        if is_flat:
+            query, key = flat_query(), unrotate(key, self.turns[0])
+        key, value = (x.unsqueeze(1).expand(-1, self.bands.blocks, -1, -1, -1).flatten(0, 1) for x in (key, value))
+        return [Part(query, key, value, None)]
 
 
 def read(parts: Sequence[Part], scaling: float) -> Float[Tensor, "N H Q D"]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad
 
-from dti_ray.model.attention.plan import AttentionPlan, Copy, for_all_heads, unrotate
+from dti_ray.model.attention.plan import AttentionPlan, Copy, for_all_heads
+from dti_ray.model.attention.rotary import unrotate
 from dti_ray.model.masks import dense_distance, dense_mask
 
 
@@ -36,9 +37,10 @@ class Dense:
         scores = []
         for (key, _), mask in zip(copies, masks, strict=True):
             score = query.float() @ key.float().mT
-            if prefix or plan.debias.rotary == "drop":
+            if (prefix and plan.is_pinned) or plan.debias.rotary == "drop":
                 flat = unrotate(query, plan.rotary).float() @ unrotate(key, plan.rotary).float().mT
-                score[:, :, prefix:, :prefix] = flat[:, :, prefix:, :prefix]
+                if plan.is_pinned:
+                    score[:, :, prefix:, :prefix] = flat[:, :, prefix:, :prefix]
                 if plan.debias.rotary == "drop":
                     score[:, :, sums:] = flat[:, :, sums:]
             score = score * scaling

@@ -7,7 +7,7 @@ token reads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, Protocol, cast
 
@@ -21,13 +21,18 @@ from dti_ray.errors import ConfigError, Fault
 from dti_ray.model.attention.banded import Banded
 from dti_ray.model.attention.dense import Dense
 from dti_ray.model.attention.flex import Flex
-from dti_ray.model.attention.plan import Attend, AttentionPlan, rotate
+from dti_ray.model.attention.past import Copy
+from dti_ray.model.attention.plan import Attend, AttentionPlan, Visit
+from dti_ray.model.attention.rotary import rotate
+from dti_ray.model.attention.slated import Slated
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Rules
 
 NAME = "dti"
-Backend = Literal["dense", "banded", "flex"]
-BACKENDS: dict[Backend, Callable[[AttentionPlan], Attend]] = {"dense": Dense, "banded": Banded, "flex": Flex}
+Backend = Literal["dense", "banded", "flex", "slated"]
+BACKENDS: dict[Backend, Callable[[AttentionPlan], Attend]] = {
+    "dense": Dense, "banded": Banded, "flex": Flex, "slated": Slated,
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +81,15 @@ def make_plan(
     rules: Rules,
     debias: DebiasConfig,
     reset: ResetConfig,
-    attention: str,
+    backend: Backend,
     layers: nn.ModuleList,
     embeddings: Tensor,
+    visit: Visit | None = None,
+    is_pinned: bool = True,
 ) -> AttentionPlan:
-    """Return the plan of one forward pass; see `AttentionPlan` for the arguments, `choose_backend` for attention."""
-    plan = AttentionPlan(batch, rules, debias, reset, layers, embeddings)
-    plan.attend = BACKENDS[choose_backend(attention, batch.tokens.device.type)](plan)
+    """Return the plan of one forward pass; see `AttentionPlan` for the arguments."""
+    plan = AttentionPlan(batch, rules, debias, reset, layers, embeddings, visit, is_pinned)
+    plan.attend = BACKENDS[backend](plan)
     return plan
 
 
@@ -107,10 +114,26 @@ def _attention(
     if last_states is not None:
         others = _project(module, dti, last_states[:, : -query.shape[2]])
         key, value = (torch.cat([ahead, own], dim=2) for ahead, own in zip(others, (key, value), strict=True))
-    copies = [(key, value)]
-    if dti.is_dual and module.layer_idx > 0:  # in layer 0 both copies coincide
-        copies.append(_project(module, dti, dti.embeddings))
-    return dti.attend(query, copies, scaling, dropout).transpose(1, 2), None
+    return dti.attend(query, _copies(module, dti, (key, value)), scaling, dropout).transpose(1, 2), None
+
+
+def keep_last(plan: AttentionPlan, states: Float[Tensor, "B T W"]) -> None:
+    """Keep what the last layer leaves for later visits where nothing is asked of it."""
+    module = cast("SelfAttention", plan.layers[-1].get_submodule("self_attn"))
+    _copies(module, plan, _project(module, plan, states))
+
+
+def _copies(module: SelfAttention, plan: AttentionPlan, contextual: Copy) -> Sequence[Copy]:
+    """Return all that queries of a layer meet, and keep it if a later visit wants it."""
+    copies: Sequence[Copy] = [contextual]
+    if plan.is_dual and module.layer_idx > 0:  # in layer 0 both copies coincide
+        copies = [contextual, _project(module, plan, plan.embeddings)]
+    if plan.visit is not None:
+        plan.layer = module.layer_idx
+        copies = plan.visit.past.ahead_of(copies, plan.layer)
+        if plan.visit.is_kept:
+            plan.read.append((copies, plan.rotary))
+    return copies
 
 
 def _project(module: SelfAttention, plan: AttentionPlan, states: Float[Tensor, "B I W"]) -> tuple[Tensor, Tensor]:
@@ -122,5 +145,5 @@ def _project(module: SelfAttention, plan: AttentionPlan, states: Float[Tensor, "
     key, value = module.k_proj(normed).view(shape), module.v_proj(normed).view(shape)
     if (k_norm := getattr(module, "k_norm", None)) is not None:
         key = k_norm(key)
-    cos, sin = (part[:, : states.shape[1]] for part in plan.rotary)
+    cos, sin = (part[:, plan.known : plan.known + states.shape[1]] for part in plan.rotary)
     return rotate(key.transpose(1, 2), (cos, sin)), value.transpose(1, 2)

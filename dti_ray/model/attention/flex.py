@@ -5,7 +5,7 @@ Invariant: the rules are masks.py's own at both sizes. Token by token FlexAttent
 block `visible` is asked with spans (least and greatest coordinate of a block) in place of numbers, and answers
 "for all pairs" or "for some". So no T x T tensor is ever made, only (T / BLOCK)^2 verdicts, once per batch.
 
-    content queries  read  content (1 or 2 copies, rotated)  and the prefix (unrotated)
+    content queries  read  content (1 or 2 copies, rotated)  and the prefix (unrotated, if it is pinned)
     [SUM] queries    read  the same, in fp32                 and each itself
     prefix queries   read  the prefix, causally
 
@@ -36,8 +36,8 @@ from dti_ray.model.attention.plan import (
     bias_growth,
     for_all_heads,
     reset_weight,
-    unrotate,
 )
+from dti_ray.model.attention.rotary import unrotate
 from dti_ray.model.masks import (
     Coordinates,
     Rules,
@@ -111,7 +111,9 @@ class Flex:
         parts = [_attend(content, *keys.content(is_flat=False), scaling, layout)]
         if not prefix.shape[2]:
             return torch.cat([parts[0][0], sum_out.to(parts[0][0].dtype)], dim=2)
-        parts.append(_attend(unrotate(content, keys.turns[1]), *keys.prefix(), scaling))
+        is_flat = self.plan.is_pinned
+        asking = unrotate(content, keys.turns[1]) if is_flat else content
+        parts.append(_attend(asking, *keys.prefix(is_flat), scaling))
         content_out, (key, value) = _merge(parts), keys.ahead
         prefix_out = sdpa(
             prefix.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling, enable_gqa=True
@@ -125,7 +127,8 @@ class Flex:
         layout = self.layout("sum", len(exact.contents), query.shape[1])
         parts = [_attend(flat if is_flat else rotated, *exact.content(is_flat), scaling, layout)]
         if self.plan.sizes[0]:
-            parts.append(_attend(flat, *exact.prefix(), scaling))
+            is_flat = is_flat or self.plan.is_pinned
+            parts.append(_attend(flat if is_flat else rotated, *exact.prefix(is_flat), scaling))
         ((key, value),) = for_all_heads([exact.own], query.shape[1])
         return _merge([*parts, (value, (rotated * key).sum(-1) * scaling)])  # rotating both alike changes nothing
 
@@ -144,9 +147,10 @@ class LayerKeys:
         """Return all of them in fp32, in one memory layout, so that the last layer needs no kernels of its own."""
         return LayerKeys([(_exact(key), _exact(value)) for key, value in self.copies], self.plan)
 
-    def prefix(self) -> Copy:
-        """Return the prefix, pinned: unrotated."""
-        return unrotate(self.ahead[0], self.turns[0]), self.ahead[1]
+    def prefix(self, is_flat: bool) -> Copy:
+        """Return the prefix."""
+        key, value = self.ahead
+        return unrotate(key, self.turns[0]) if is_flat else key, value
 
     def content(self, is_flat: bool) -> Copy:
         """Return the copies of content one behind the other, each but a single one filled up to whole blocks."""

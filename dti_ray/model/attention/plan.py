@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dti_ray.config import DebiasConfig, ResetConfig
+from dti_ray.model.attention.past import Copy, Past, Read
+from dti_ray.model.attention.rotary import Turn
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.masks import Rules, bias_slopes
 
 HIDDEN = -1e30  # finite: a query that sees nothing of one part of its keys still has a log-sum-exp there
-Copy = tuple[Tensor, Tensor]  # keys and values [B, H, T, D]
 
 
 class Attend(Protocol):
@@ -39,6 +40,21 @@ class Attend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Visit:
+    """A pass over rows whose first tokens were read before, and whose last texts keep to themselves.
+
+    Attributes:
+        past: of the first tokens, which the pass leaves out; with content it is of a single row.
+        shared: for each row, how many content tokens are context; the candidates' texts follow.
+        is_kept: whether keys and values stay with the plan, for later visits.
+    """
+
+    past: Past
+    shared: Sequence[int]
+    is_kept: bool = False
+
+
 @dataclass
 class AttentionPlan:
     """What all layers of one forward pass share; made once per batch.
@@ -51,8 +67,12 @@ class AttentionPlan:
         layers: the decoder's layers, for the norm in front of keys that are made here.
         embeddings: h0 [B, T, width].
         attend: the backend.
+        visit: what was read before; None where the pass reads whole rows and keeps nothing.
+        is_pinned: whether the prefix is read unrotated, as if at distance 0, instead of at its place.
+        layer: on a visit, number of the layer at hand.
         rotary: (cos, sin) [B, T, D] of the layer at hand; each layer sets its own before it attends.
         last_states: states in front of the last layer [B, T, width], once it is reached.
+        read: on a visit that is kept, the keys and values of all tokens behind the prefix, layer by layer.
     """
 
     batch: PackedBatch
@@ -61,14 +81,28 @@ class AttentionPlan:
     reset: ResetConfig
     layers: nn.ModuleList
     embeddings: Tensor
+    visit: Visit | None = None
+    is_pinned: bool = True
     attend: Attend = field(init=False)
-    rotary: tuple[Tensor, Tensor] = field(init=False)
+    layer: int = field(init=False)
+    rotary: Turn = field(init=False)
     last_states: Tensor | None = None
+    read: Read = field(default_factory=list)
 
     @property
     def is_dual(self) -> bool:
         """Whether queries of layers behind the first meet two copies of earlier interactions."""
         return self.reset.mode in ("distance", "constant") and self.reset.alpha > 0
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether any [SUM] is read out; a visit may only keep what it read."""
+        return self.visit is None or not self.visit.is_kept or bool(self.batch.is_target.any())
+
+    @property
+    def known(self) -> int:
+        """Tokens of each row that the pass leaves out, because they were read before."""
+        return 0 if self.visit is None else self.visit.past.size
 
     @property
     def sizes(self) -> list[int]:
@@ -101,23 +135,6 @@ def reset_weight(d: Tensor, reset: ResetConfig, n: int) -> Float[Tensor, ...]:
     if reset.mode == "constant":
         return torch.where(d >= 1, reset.alpha, 0.0)
     return reset.alpha * d.clamp(min=0, max=n).float() / n
-
-
-def rotate(x: Float[Tensor, "B H T D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B H T D"]:
-    """Apply Transformers' rotary embedding."""
-    cos, sin = (part.unsqueeze(1) for part in rotary)
-    return x * cos + _rotate_half(x) * sin
-
-
-def unrotate(x: Float[Tensor, "B H T D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B H T D"]:
-    """Apply the inverse of Transformers' rotary embedding: exact, since a rotation's inverse is its transpose."""
-    cos, sin = (part.unsqueeze(1) for part in rotary)
-    return x * cos - _rotate_half(x) * sin
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
 
 
 def for_all_heads(copies: Sequence[Copy], heads: int) -> list[Copy]:

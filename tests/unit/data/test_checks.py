@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, MALFORMED_TEXT, REFUSED, Checked, check, item_table
 from dti_ray.data.clock import Kind
 from dti_ray.errors import InputError

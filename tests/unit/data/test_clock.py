@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from zoneinfo import ZoneInfo
@@ -12,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_ray.config.schema import DataConfig
-from dti_ray.data.clock import PER_SECOND, UNITS, Example, Kind, read_times, unit_of
+from dti_ray.config.data import DataConfig
+from dti_ray.data.clock import PER_SECOND, UNITS, Example, Kind, read_times, unit_of, unit_of_parts
+from dti_ray.data.scatter import Scattered
 from dti_ray.errors import InputError
 
 UTC = DataConfig()
@@ -252,3 +255,17 @@ def test_dates_that_state_a_zone_and_others_need_the_zone_of_the_others() -> Non
         "set data.time_zone to the zone of those that state none, such as UTC"
     )
     assert unit(BERLIN, zoned=3, local=4) == 1
+
+
+def test_parts_of_a_log_are_judged_together_by_the_first_row_of_a_kind() -> None:
+    written = [
+        Scattered(kinds={"SECONDS": 2}, first_of_kind={"SECONDS": ("a.csv", 2, NOON)}),
+        Scattered(kinds={"SECONDS": 1}, first_of_kind={"SECONDS": ("b.csv", 0, NOON)}),
+        Scattered(kinds={"MILLIS": 1}, first_of_kind={"MILLIS": ("b.csv", 3, NOON * 1000)}),
+    ]
+    parts = [Scattered(**json.loads(json.dumps(asdict(one)))) for one in written]
+    assert unit_of_parts(parts[:2], UTC) == 1
+    assert unit_of_parts(parts[2:], UTC) == 1000
+    assert unit_of_parts([], UTC) == 1
+    with pytest.raises(InputError, match=r"3 .*a\.csv.*1 .*b\.csv"):
+        unit_of_parts(parts, UTC)

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, REFUSED, Checked
 from dti_ray.data.gather import QUARANTINE, Gathering, Part, count_times, gather, named, read_batch
 from dti_ray.data.interactions import SEQUENCES
-from dti_ray.data.scatter import _by_partition, _joined
+from dti_ray.data.scatter import _joined, by_partition
 from dti_ray.data.sequences import Boundaries
 from dti_ray.errors import StorageError
 from dti_ray.storage import Storage
@@ -41,7 +41,7 @@ def write_block(storage: Storage, path: str, rows: Sequence[Row], refused: Seque
     tree = [dict(zip(INTERACTIONS.names, (*row, at % 2, at), strict=True)) for at, row in enumerate(rows)]
     good, bad = pa.Table.from_pylist(tree, INTERACTIONS), pa.Table.from_pylist(list(refused), REFUSED)
     checked = Checked(good, bad, np.zeros(len(rows), np.int8))
-    storage.write(path, _by_partition(_joined(checked), PARTITIONS))
+    storage.write(path, by_partition(_joined(checked), PARTITIONS))
     return path
 
 

@@ -27,6 +27,7 @@ from dti_ray.data.interactions import (
     read_segment,
     segment_columns,
     segments_of,
+    split_by_weight,
     verify_dataset,
     write_shard,
 )
@@ -234,3 +235,11 @@ def test_damaged_page_is_found_when_it_is_read(dataset: Dataset) -> None:
     with pytest.raises(StorageError, match=r"part-00000\.parquet: has hash .* as in its manifest"):
         read_segment(opened, dataset.segments[1])
     assert len(read_segment(opened, dataset.segments[0]).items) == 10, "the other pages are whole"
+
+
+@given(st.lists(st.integers(0, 9)), st.floats(0.5, 20))
+def test_neighbours_of_some_weight_lie_together_and_none_is_lost(weights: list[int], least: float) -> None:
+    parts = list(split_by_weight(weights, int, least))
+    assert [weight for part in parts for weight in part] == weights
+    assert all(sum(part) >= least > sum(part[:-1]) for part in parts[:-1])
+    assert all(sum(part[:-1]) < least for part in parts)

@@ -42,6 +42,7 @@ EVERY_LAYOUT = pytest.mark.parametrize(
         ["packing.k=1"],
         ["packing.k=all", "prompt.context=strictly_earlier"],
         ["packing.k=5", "optim.sliding_tail=0.3"],
+        ["packing.k=9", "packing.k_min=2"],
         ["packing.k=10", "packing.row_tokens=75"],  # one prompt a row: more rows than the plan counts on
         ["packing.k=3", "packing.min_context=2", "optim.targets_per_step=16"],
         ["packing.k=20", "packing.row_tokens=400", "optim.targets_per_step=16"],  # fewer rows than the plan counts on
@@ -99,6 +100,16 @@ def first_tokens(steps: list[StepRows]) -> Counter[tuple[int, ...]]:
     return found
 
 
+def first_of_prompts(steps: list[StepRows]) -> Counter[tuple[tuple[int, ...], int]]:
+    """Count prompts by the tokens of their context and their number of targets."""
+    found: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for row in (row for step in steps for row in step):
+        for prompt in range(1, int(row.prompt.max(initial=0)) + 1):
+            after = row.after[row.prompt[row.after] == prompt]
+            found[tuple(row.tokens[np.flatnonzero(row.prompt == prompt)[0] : after[0]].tolist()), len(after)] += 1
+    return found
+
+
 @EVERY_LAYOUT
 def test_law_9_restart_after_every_step_gives_exactly_the_rest_of_both_epochs(
     dataset: Dataset, layout: list[str]
@@ -151,7 +162,7 @@ def test_each_target_is_trained_exactly_once_an_epoch(dataset: Dataset, layout: 
     for epoch in range(2):
         steps = steps_of(rows, epoch)
         assert sum(row.targets for step in steps for row in step) == wanted
-        if not config.optim.sliding_tail:
+        if not config.optim.sliding_tail and config.packing.k_min is None:
             assert first_tokens(steps) == first_tokens([in_one_piece])
     if not config.packing.min_context:
         assert wanted == rows.targets_per_epoch
@@ -187,6 +198,19 @@ def test_sliding_tail_ends_the_run_with_one_target_a_prompt(dataset: Dataset) ->
     half, tail = len(steps) // 2, len(steps) // 5
     assert sum(targets[:half]) > 3 * sum(prompts[:half])
     assert sum(targets[-tail:]) < 1.5 * sum(prompts[-tail:])
+
+
+def test_mixture_is_drawn_anew_in_every_epoch_and_sees_every_length(dataset: Dataset) -> None:
+    rows = training_rows(dataset, "packing.k=9", "packing.k_min=2", "optim.epochs=4")
+    prompts = [first_of_prompts(steps_of(rows, epoch)) for epoch in range(4)]
+    assert all((prompts[i] & prompts[j]).total() < 0.8 * prompts[i].total() for i in range(4) for j in range(i))
+    assert {length for _, length in sum(prompts, Counter())} >= set(range(2, 10))
+    assert sum(length * count for (_, length), count in prompts[0].items()) == rows.targets_per_epoch
+
+
+def test_mixture_of_one_length_trains_as_that_length(dataset: Dataset) -> None:
+    one, none = (training_rows(dataset, "packing.k=5", f"packing.k_min={k_min}") for k_min in ("5", "null"))
+    assert plain_run(one, Position()) == plain_run(none, Position())
 
 
 def test_more_streams_than_segments_lose_nothing_and_idle_ranks_keep_step(tmp_path: Path) -> None:

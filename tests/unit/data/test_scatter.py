@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 from pyarrow import parquet as pq
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.gather import read_batch
 from dti_ray.data.scatter import EXAMPLES, ROWS, Scattered, collect_items, first_of_each, scatter
 from dti_ray.data.sources import lines, locate

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, REFUSED
 from dti_ray.data.interactions import SEQUENCES, UserSequences
 from dti_ray.data.sequences import Boundaries, boundary_ranks, sequences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.sources import locate
 from dti_ray.data.sources.raw import RawLog
 from dti_ray.errors import InputError

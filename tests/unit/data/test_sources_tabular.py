@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from dti_ray.config.schema import DataConfig
+from dti_ray.config.data import DataConfig
 from dti_ray.data.sources import locate, parquet, raw
 from dti_ray.data.sources.raw import Piece, RawLog
 from dti_ray.errors import InputError

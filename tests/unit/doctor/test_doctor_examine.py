@@ -85,6 +85,18 @@ def test_gpus_that_are_asked_for_and_not_here_fail_unless_a_cluster_has_them(tmp
 
 
 @pytest.mark.slow
+def test_states_of_workers_are_wanted_only_where_workers_will_run(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [30, 25, 41])
+    large = ("model.hidden_size=65536", "model.layers=2")
+    here = checks_of(str(tmp_path), *large)["disk"]
+    assert here.status is Status.FAIL
+    assert "a state for each of 2 workers" in here.found
+    heads_pod = checks_of(str(tmp_path), *large, with_cluster=False)["disk"]
+    assert "for each of" not in heads_pod.found
+    assert "4 states that are kept" in heads_pod.found, "the root is a folder of this machine"
+
+
+@pytest.mark.slow
 def test_command_ends_with_2_and_a_line_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("content")
     with pytest.raises(SystemExit) as ended:

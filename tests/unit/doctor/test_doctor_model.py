@@ -19,7 +19,7 @@ from dti_ray.doctor.model import (
     memory_of_worker,
     missing_weights,
 )
-from dti_ray.errors import ConfigError, InputError
+from dti_ray.errors import ConfigError
 from dti_ray.storage import Storage
 from tests.builders import TINY, make_config, write_dataset
 
@@ -139,5 +139,7 @@ def test_name_of_a_run_is_free_or_its_own(tmp_path: Path) -> None:
     assert look_at_run(config).found == f"{tmp_path}/runs/run: new"
     Storage(str(tmp_path)).write("runs/run/config.yaml", to_yaml(config).encode())
     assert look_at_run(config).status is Status.PASS
-    with pytest.raises(InputError, match="exists with another configuration"):
-        look_at_run(of(tmp_path, "packing.k=3"))
+    taken = look_at_run(of(tmp_path, "packing.k=3"))
+    assert taken.status is Status.WARN
+    assert "packing.k: got 3; expected 20 as in the stored run" in taken.found
+    assert taken.advice == "`dti-ray train` will refuse this: choose another train.run, or use the stored values"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from dti_ray.errors import InputError
 from dti_ray.infer import baselines
-from dti_ray.infer.baselines import TEST, TRAIN, VALID, predict_baselines
+from dti_ray.infer.baselines import TEST, TRAIN, VALID, predict_baselines, stream_baselines
 from dti_ray.metrics import Predictions, log_loss
 
 
@@ -56,6 +57,25 @@ def simulate(seed: int, users: int = 12, longest: int = 40) -> Sequences:
 
 def probability(predictions: dict[str, Predictions]) -> np.ndarray:
     return np.stack([predictions[name].probability for name in baselines.BASELINES])
+
+
+def gathered(users: Sequences, split: int) -> baselines._Evidence:
+    """Return what all train rows say of a split's targets."""
+    (part,) = baselines._parts([users], split, tail=False, min_context=0)
+    totals = part.totals(part.train, items=9)
+    return baselines._Evidence.of([part.gather(part.train, part.target, totals)], totals)
+
+
+def cut(users: Sequences, ends: list[int]) -> list[Sequences]:
+    """Return the users in parts, which end before some of them."""
+    bounds = [0, *ends, len(users.offsets) - 1]
+    return [part_of(users, start, end) for start, end in pairwise(bounds)]
+
+
+def part_of(users: Sequences, start: int, end: int) -> Sequences:
+    rows = slice(users.offsets[start], users.offsets[end])
+    offsets = users.offsets[start : end + 1] - users.offsets[start]
+    return Sequences(offsets, users.items[rows], users.labels[rows], users.splits[rows])
 
 
 def logit(share: float) -> float:
@@ -126,7 +146,7 @@ def test_counts_equal_a_loop_over_interactions(seed: int, split: int) -> None:
     given_users = simulate(seed)
     user = np.repeat(np.arange(12), np.diff(given_users.offsets))
     train, target = given_users.splits == TRAIN, given_users.splits == split
-    evidence = baselines._gather(given_users, user, counted=train, target=target)
+    evidence = gathered(given_users, split)
     labels = given_users.labels
     for position, row in enumerate(np.flatnonzero(target)):
         item = labels[train & (given_users.items == given_users.items[row])]
@@ -163,9 +183,7 @@ def test_shrinkages_are_the_best_of_the_grid_on_validation(caplog: pytest.LogCap
     given_users = simulate(seed=3, users=12)
     with caplog.at_level(logging.INFO):
         predict_baselines(given_users, TEST)
-    user = np.repeat(np.arange(12), np.diff(given_users.offsets))
-    validation = given_users.splits == VALID
-    evidence = baselines._gather(given_users, user, counted=given_users.splits == TRAIN, target=validation)
+    evidence = gathered(given_users, VALID)
     losses = {
         (item, recent): log_loss(evidence.label, evidence.probability({"item": item, "recent": recent}))
         for item in baselines.SHRINKAGES
@@ -190,9 +208,8 @@ def test_shrinkages_do_not_depend_on_the_scored_labels(split: int, caplog: pytes
 
 def test_the_validation_split_is_tuned_on_the_latest_eighth_of_each_users_train_rows() -> None:
     given_users = sequences("a1t " * 16 + "b1v", "a0t " * 7 + "b0v b1e", "a1t " * 9 + "b0e")
-    user = np.repeat(np.arange(3), np.diff(given_users.offsets))
-    tuning = baselines._tuning_targets(given_users, user, VALID)
-    assert np.flatnonzero(tuning).tolist() == [14, 15, 34]
+    (part,) = baselines._parts([given_users], VALID, tail=True, min_context=0)
+    assert np.flatnonzero(part.tuning).tolist() == [14, 15, 34]
 
 
 def test_train_rows_that_tune_are_not_in_the_means_that_they_tune(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,3 +246,24 @@ def test_the_train_split_and_unknown_splits_are_refused(split: int) -> None:
 def test_a_split_without_targets_is_refused() -> None:
     with pytest.raises(InputError, match="0 targets"):
         predict_baselines(sequences("a1t a1v"), TEST)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([VALID, TEST]), st.lists(st.integers(1, 11), unique=True))
+@settings(deadline=None, max_examples=30)
+def test_users_in_parts_get_the_predictions_of_the_whole(seed: int, split: int, ends: list[int]) -> None:
+    given_users = simulate(seed)
+    parts = cut(given_users, sorted(ends))
+    streamed = stream_baselines(lambda: parts, 9, split, has_validation=True)
+    for name, whole in predict_baselines(given_users, split).items():
+        assert np.array_equal(streamed[name].user, whole.user)
+        assert np.array_equal(streamed[name].label, whole.label)
+        assert np.array_equal(streamed[name].probability, whole.probability)
+
+
+def test_targets_without_enough_context_are_left_out(shrinkage_two: float) -> None:
+    given_users = sequences("a1t a0e", "a1t b0t b1t a1e")
+    streamed = stream_baselines(lambda: [given_users], 2, TEST, has_validation=False, min_context=2)
+    whole = predict_baselines(given_users, TEST)
+    for name, one in streamed.items():
+        assert one.user.tolist() == [1]
+        assert one.probability == whole[name].probability[1:]

@@ -20,7 +20,7 @@ KINDS = {
     "v1": {"Namespace": "namespaces", "ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
-    "ray.io/v1": {"RayJob": "rayjobs", "RayCluster": "rayclusters"},
+    "ray.io/v1": {"RayJob": "rayjobs", "RayCluster": "rayclusters", "RayService": "rayservices"},
 }
 APPLY = re.findall(r"kubectl apply -k (?:\S+)(?: -l \S+)?", (K8S / "README.md").read_text(encoding="utf-8"))
 

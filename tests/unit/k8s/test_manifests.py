@@ -26,7 +26,7 @@ KUSTOMIZATIONS = [yaml.safe_load(path.read_text(encoding="utf-8")) | {"at": path
 FOLDERS = [one["at"] for one in KUSTOMIZATIONS if one["kind"] == "Kustomization"]
 COMPONENTS = [one["at"] for one in KUSTOMIZATIONS if one["kind"] == "Component"]
 
-RAYS = [folder for folder in FOLDERS if folder.relative_to(K8S).parts[0] in ("base", "jobs", "overlays")]
+RAYS = [folder for folder in FOLDERS if folder.relative_to(K8S).parts[0] in ("base", "jobs", "overlays", "serve")]
 
 each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(K8S)))
 each_of_rays = pytest.mark.parametrize("folder", RAYS, ids=lambda folder: str(folder.relative_to(K8S)))
@@ -35,7 +35,7 @@ each_of_rays = pytest.mark.parametrize("folder", RAYS, ids=lambda folder: str(fo
 def test_all_folders_are_tested() -> None:
     names = {str(folder.relative_to(K8S)) for folder in FOLDERS}
     overlays = {f"overlays/{name}" for name in ("dev", "kueue", "multinode", "spot")}
-    assert {"base", "jobs", *overlays} <= names
+    assert {"base", "jobs", "serve", *overlays} <= names
 
 
 @each_folder

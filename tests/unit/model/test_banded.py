@@ -34,18 +34,19 @@ DEBIASES = [[], ["debias.strength=0.4"], ["debias.strength=0.3", "debias.rotary=
     debias=st.sampled_from(DEBIASES),
     kv_heads=st.sampled_from([1, 2, 4]),
     prefix=st.sampled_from([0, 3]),
+    position=st.sampled_from(["pinned", "first"]),
     n=st.integers(1, 9),
     k=st.integers(1, 12) | st.none(),
     is_joined=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_law_6_banded_equals_dense_forward_and_backward(
-    window: str, context: str, reset: list[str], debias: list[str], kv_heads: int, prefix: int, n: int,
-    k: int | None, is_joined: bool, seed: int,
+    window: str, context: str, reset: list[str], debias: list[str], kv_heads: int, prefix: int,
+    position: str, n: int, k: int | None, is_joined: bool, seed: int,
 ) -> None:  # fmt: skip
     method = [
         f"packing.window={window}", "packing.window_tokens=17", f"prompt.context={context}", *reset, *debias,
-        f"model.kv_heads={kv_heads}", f"packing.n={n}", "model.layers=3",
+        f"model.kv_heads={kv_heads}", f"packing.n={n}", "model.layers=3", f"prompt.prefix_position={position}",
     ]  # fmt: skip
     table, sequences = make_table(seed, prefix), make_sequences(LENGTHS, seed)
     rows = list(pack(sequences, table, train_spec(make_config(*method), k=k, row_tokens=150)))

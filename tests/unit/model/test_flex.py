@@ -144,15 +144,16 @@ def _largest_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
 @given(
     method=METHODS,
     prefix=st.sampled_from([0, 3]),
+    position=st.sampled_from(["pinned", "first"]),
     n=st.integers(1, 9),
     k=st.integers(1, 12) | st.none(),
     row_tokens=st.sampled_from([90, 400]),
     seed=st.integers(0, 99),
 )
 def test_law_6_logits_and_gradients_equal_the_reference(
-    method: list[str], prefix: int, n: int, k: int | None, row_tokens: int, seed: int
+    method: list[str], prefix: int, position: str, n: int, k: int | None, row_tokens: int, seed: int
 ) -> None:
-    overrides = [*method, "model.layers=3", f"packing.n={n}"]
+    overrides = [*method, "model.layers=3", f"packing.n={n}", f"prompt.prefix_position={position}"]
     dense, fast = _twins(overrides, prefix, seed)
     batch = _batch(make_config(*overrides), prefix, k, row_tokens, seed)
     with patch.object(flex, "BLOCK", 32):

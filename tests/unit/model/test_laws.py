@@ -38,7 +38,7 @@ EVERY_CONTEXT = pytest.mark.parametrize("context", ["ordered", "strictly_earlier
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["dense", "banded"])
 
 
-def _llama_and_click_model() -> tuple[LlamaForCausalLM, ClickModel]:
+def _llama_and_click_model(*overrides: str) -> tuple[LlamaForCausalLM, ClickModel]:
     """Return an unmodified Hugging Face model and ours with the same weights; markers are its last three ids."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -52,19 +52,24 @@ def _llama_and_click_model() -> tuple[LlamaForCausalLM, ClickModel]:
     ours.load_state_dict(whole.state_dict())
     embeddings, rows = whole.get_input_embeddings().weight, whole.lm_head.weight
     labels = [VOCABULARY + NO, VOCABULARY + YES]
-    click = ClickModel(ours.model, rows[labels], embeddings[VOCABULARY:], VOCABULARY, make_config("packing.k=1"))
+    ours_config = make_config("packing.k=1", *overrides)
+    click = ClickModel(ours.model, rows[labels], embeddings[VOCABULARY:], VOCABULARY, ours_config)
     return whole, click.eval()
 
 
-def test_law_0_a_stand_alone_prompt_gives_the_logits_of_the_unmodified_model() -> None:
-    whole, ours = _llama_and_click_model()
-    table = make_table(prefix=0)
+@EVERY_BACKEND
+@pytest.mark.parametrize(("prefix", "position"), [(0, "pinned"), (3, "first")])
+def test_law_0_a_stand_alone_prompt_gives_the_logits_of_the_unmodified_model(
+    backend: str, prefix: int, position: str
+) -> None:
+    whole, ours = _llama_and_click_model(f"model.attention={backend}", f"prompt.prefix_position={position}")
+    table = make_table(prefix=prefix)
     rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=1, n=6, row_tokens=40)))
     for row in rows:
         batch = collate([row], table)
         for prompt, after in zip(row.prompt[row.after], row.after, strict=True):
             content = row.tokens[row.prompt == prompt]
-            tokens = torch.tensor([[*content, VOCABULARY]])
+            tokens = torch.tensor([[*table.prefix, *content, VOCABULARY]])
             assert content[-1] == row.tokens[after]
             logits = whole(tokens).logits[0, -1]
             expected = logits[VOCABULARY + YES] - logits[VOCABULARY + NO]
@@ -121,6 +126,16 @@ def test_law_2_contrast_with_four_layers_naive_packing_leaks() -> None:
     assert largest_difference(packed, alone) > VISIBLY
 
 
+@pytest.mark.parametrize("method", [["model.layers=1"], ["model.layers=4", "reset.mode=constant", "reset.alpha=1.0"]])
+def test_law_2_and_law_4_contrast_a_prefix_that_is_not_pinned_is_left_behind(method: list[str]) -> None:
+    config = make_config(*method, "packing.window=interactions", "packing.n=4", "prompt.prefix_position=first")
+    table, sequences = make_table(), make_sequences(LENGTHS)
+    model = make_model(config, table)
+    packed = score_packed(model, sequences, table, train_spec(config, k=10))
+    alone = score_packed(model, sequences, table, train_spec(config, k=1))
+    assert largest_difference(packed, alone) > VISIBLY
+
+
 def _alone_with_context(
     model: ClickModel, sequences: UserSequences, config: RunConfig, row: PackedRow, after: int, user: int
 ) -> float:
@@ -136,7 +151,13 @@ def _alone_with_context(
 
 @EVERY_CONTEXT
 @EVERY_BACKEND
-@pytest.mark.parametrize("debias", [[], ["debias.strength=0.5"], ["debias.strength=0.3", "debias.rotary=drop"]])
+@pytest.mark.parametrize(
+    "debias",
+    [
+        [], ["debias.strength=0.5"], ["debias.strength=0.3", "debias.rotary=drop"],
+        ["debias.strength=0.5", "prompt.prefix_position=first"],
+    ],
+)  # fmt: skip
 def test_law_3_anchored_targets_equal_stand_alone_prompts_with_the_same_context(
     context: str, backend: str, debias: list[str]
 ) -> None:

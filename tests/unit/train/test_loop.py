@@ -68,13 +68,13 @@ def test_run_trains_every_target_once_an_epoch_and_reports_each_step(tmp_path: P
     assert read_lines(dataset.storage, "runs/run", "valid")[-1]["auc"] == progress.valid_auc
 
 
-@pytest.mark.parametrize("stop_after", [5, 9, 16])
+@pytest.mark.parametrize(("stop_after", "k_min"), [(5, "null"), (9, "null"), (16, "null"), (16, "1")])
 def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_weights(
-    tmp_path: Path, stop_after: int
+    tmp_path: Path, stop_after: int, k_min: str
 ) -> None:
     for name in ("whole", "stopped"):
         write_dataset(tmp_path / name, LENGTHS)
-    overrides = ("model.dropout=0.1",)
+    overrides = ("model.dropout=0.1", f"packing.k_min={k_min}")
     _, whole = train(tiny_run(tmp_path / "whole", *overrides))
     stopped_config = tiny_run(tmp_path / "stopped", *overrides)
     with pytest.raises(StoppedError):
@@ -91,7 +91,7 @@ def test_law_9_a_stopped_run_goes_on_with_the_same_losses_and_ends_in_the_same_w
 def test_run_with_adapters_goes_on_and_is_scored_from_adapters_alone(tmp_path: Path) -> None:
     for name in ("whole", "stopped"):
         write_dataset(tmp_path / name, LENGTHS)
-    overrides = ("lora.rank=16", "lora.dropout=0.1", "optim.lr=0.01")
+    overrides = ("lora.rank=16", "lora.dropout=0.1", "optim.lr=0.01", "optim.epochs=1")
     _, whole = train(tiny_run(tmp_path / "whole", *overrides))
     config = tiny_run(tmp_path / "stopped", *overrides)
     with pytest.raises(StoppedError):
@@ -121,7 +121,7 @@ def test_same_seed_gives_the_same_run_and_another_seed_another_one(tmp_path: Pat
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_dataset(tmp_path / name, LENGTHS)
-        train(tiny_run(tmp_path / name, f"train.seed={seed}"))
+        train(tiny_run(tmp_path / name, f"train.seed={seed}", "optim.epochs=1", "eval.every_targets=9999"))
         losses.append([line["loss"] for line in read_lines(Storage(str(tmp_path / name)), "runs/run", "train")])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
@@ -129,9 +129,10 @@ def test_same_seed_gives_the_same_run_and_another_seed_another_one(tmp_path: Pat
 
 def test_every_k_takes_the_same_number_of_steps(tmp_path: Path) -> None:
     steps = set()
-    for k in ("1", "3", "20", "all"):
+    for k, mixture in (("1", "null"), ("3", "null"), ("20", "2"), ("all", "null")):
         write_dataset(tmp_path / k, LENGTHS)
-        progress, _ = train(tiny_run(tmp_path / k, f"packing.k={k}"))
+        changes = (f"packing.k={k}", f"packing.k_min={mixture}", "model.layers=1", "eval.every_targets=9999")
+        progress, _ = train(tiny_run(tmp_path / k, *changes))
         steps.add((progress.step, progress.targets))
     assert len(steps) == 1
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 
 from dti_ray.train.watch import EXIT_STUCK, Watch, stack_of
@@ -43,6 +44,20 @@ def test_rank_is_ended_even_if_nobody_can_be_told() -> None:
     wait_until(lambda: ended)
     watch.close()
     assert ended == [EXIT_STUCK]
+
+
+def test_stacks_of_other_threads_are_told_before_its_own() -> None:
+    told, ended, done = [], [], threading.Event()
+    packing = threading.Thread(target=done.wait, name="packed tasks")
+    packing.start()
+    watch = Watch(60, 0.2, lambda stack, _: told.append(stack), ended.append)
+    wait_until(lambda: ended)
+    watch.close()
+    done.set()
+    packing.join()
+    assert "thread packed tasks" in told[0]
+    assert told[0].index("thread packed tasks") < told[0].index("in wait_until")
+    assert "thread watch" not in told[0]
 
 
 def test_rank_that_beats_is_left_alone() -> None:

@@ -1,0 +1,1 @@
+"""Batch scoring: a log of (user, candidates) in, as many rows with probabilities out."""

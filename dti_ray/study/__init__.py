@@ -1,0 +1,1 @@
+"""A study of quality and cost: ways of training, each with several seeds, held against each other and the classics."""
