@@ -33,8 +33,8 @@ def run(
 ) -> TrainedRun:
     """Return a run of 1,000 targets; tokens and FLOPs grow with its seconds."""
     return TrainedRun(
-        row, seed, k, n, seconds, 1000, int(50 * seconds), 1e9 * seconds, best_targets=800, valid_auc=0.7,
-        answers=tuple(answers),
+        row, seed, k, n, seconds, 2 * seconds, 1000, int(50 * seconds), 1e9 * seconds, best_targets=800,
+        valid_auc=0.7, answers=tuple(answers),
     )  # fmt: skip
 
 

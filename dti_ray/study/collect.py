@@ -74,8 +74,8 @@ def _trained_runs(study: Study, events: Sequence[Event]) -> Iterable[TrainedRun]
                 continue
             one, packing = found[run.name], run.config.packing
             yield TrainedRun(
-                row, run.seed, packing.k, packing.n, one.seconds, one.targets, one.tokens, one.flops,
-                one.best_targets, one.valid_auc, answers,
+                row, run.seed, packing.k, packing.n, one.seconds, one.elapsed_seconds, one.targets,
+                one.tokens, one.flops, one.best_targets, one.valid_auc, answers,
             )  # fmt: skip
 
 

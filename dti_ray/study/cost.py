@@ -22,14 +22,16 @@ class Cost:
 
     Attributes:
         seeds: number that have ended.
-        seconds: of one training.
+        seconds: of one training, at the pace of its median line of metrics.
+        elapsed_seconds: of one training, as a clock has it.
         targets: trained in it, over all epochs.
         best_targets: trained until the state that answers.
         seconds_per_million: per million targets.
         tokens_per_million: per million targets.
         flops_per_target: forward and backward.
         speedup_packed: seconds of the reference row / those of this row.
-        speedup_padded: the same against a padded sliding window; None where that was not measured.
+        speedup_elapsed: the same by the clock.
+        speedup_padded: `speedup_packed` against a padded sliding window; None where that was not measured.
         token_ratio: tokens of the reference row / those of this row.
         flop_ratio: FLOPs of the reference row / those of this row.
     """
@@ -38,12 +40,14 @@ class Cost:
     k: int | str
     seeds: int
     seconds: float
+    elapsed_seconds: float
     targets: float
     best_targets: float
     seconds_per_million: float
     tokens_per_million: float
     flops_per_target: float
     speedup_packed: float | None
+    speedup_elapsed: float | None
     speedup_padded: float | None
     token_ratio: float | None
     flop_ratio: float | None
@@ -66,12 +70,14 @@ def _cost(runs: Sequence[TrainedRun], reference: Sequence[TrainedRun], padded_ov
         runs[0].k,
         len(runs),
         statistics.fmean(run.seconds for run in runs),
+        statistics.fmean(run.elapsed_seconds for run in runs),
         targets / len(runs),
         statistics.fmean(run.best_targets for run in runs),
         MILLION * sum(run.seconds for run in runs) / targets,
         MILLION * sum(run.tokens for run in runs) / targets,
         sum(run.flops for run in runs) / targets,
         speedup,
+        _ratio([run.elapsed_seconds for run in theirs], [run.elapsed_seconds for run in ours]),
         None if speedup is None or padded_over_packed is None else speedup * padded_over_packed,
         _ratio([run.tokens for run in theirs], [run.tokens for run in ours]),
         _ratio([run.flops for run in theirs], [run.flops for run in ours]),

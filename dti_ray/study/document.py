@@ -63,6 +63,7 @@ def _headline_entry(one: Quality, cost: Cost) -> dict[str, object]:
         "auc_gap_high": gap.high if gap else None,
         "auc_gap_sd": one.gap.sd if one.gap else None,
         "speedup_packed": cost.speedup_packed,
+        "speedup_elapsed": cost.speedup_elapsed,
         "speedup_padded": cost.speedup_padded,
     }
 

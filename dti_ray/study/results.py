@@ -43,7 +43,9 @@ class TrainedRun:
         seed: `train.seed`.
         k: targets of a prompt, or "all".
         n: context in training (interactions).
-        seconds: of training steps, packing included; validations and checkpoints are left out.
+        seconds: of training steps at the pace of the median line of metrics, packing included; validations and
+            checkpoints are left out.
+        elapsed_seconds: the same, as a clock has it.
         targets: trained, over all epochs.
         tokens: trained, over all epochs.
         flops: of training, forward and backward.
@@ -57,6 +59,7 @@ class TrainedRun:
     k: int | str
     n: int
     seconds: float
+    elapsed_seconds: float
     targets: int
     tokens: int
     flops: float

@@ -89,18 +89,18 @@ def costs_table(costs: Mapping[str, Cost]) -> str:
     """Return what training each row costs."""
     per_target = ["s / M", "tokens / target", "FLOP / target"]
     fewer = [f"{TIMES} fewer tokens", f"{TIMES} fewer FLOPs"]
-    header = ["row", "seconds", "best at", *per_target, f"{TIMES} packed", *fewer]
+    header = ["row", "seconds (clock)", "best at", *per_target, f"{TIMES} packed (clock)", *fewer]
     return table(
         header,
         [
             [
                 f"`{name}`",
-                count(cost.seconds),
+                f"{count(cost.seconds)} ({count(cost.elapsed_seconds)})",
                 f"{100 * cost.best_targets / cost.targets:.0f} %",
                 count(cost.seconds_per_million),
                 f"{cost.tokens_per_million / 1e6:.2f}",
                 count(cost.flops_per_target),
-                times(cost.speedup_packed),
+                f"{times(cost.speedup_packed)} ({times(cost.speedup_elapsed)})",
                 times(cost.token_ratio),
                 times(cost.flop_ratio),
             ]

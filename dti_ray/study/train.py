@@ -7,6 +7,7 @@ is read from the lines of metrics, which go back with the state.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class Trained:
     """What came of one run.
 
     Attributes:
-        seconds: of training steps, packing included; validations and checkpoints are left out.
+        seconds: of training steps at the pace of the median line of metrics, packing included; validations and
+            checkpoints are left out.
+        elapsed_seconds: the same, as a clock has it: with the minutes in which the machine stood still.
         loop_seconds: of the whole loop.
         targets: trained, over all epochs.
         tokens: trained, over all epochs.
@@ -45,6 +48,7 @@ class Trained:
     """
 
     seconds: float
+    elapsed_seconds: float
     loop_seconds: float
     targets: int
     tokens: int
@@ -91,8 +95,10 @@ def train_run(
     best = best_state(storage, config.train.run)
     assert best is not None, "a run ends with a state"
     assert best.progress.valid_auc is not None, "and with a validation"
+    seconds, elapsed_seconds = training_seconds(read_lines(storage, folder, "train"))
     return Trained(
-        seconds=training_seconds(read_lines(storage, folder, "train")),
+        seconds=seconds,
+        elapsed_seconds=elapsed_seconds,
         loop_seconds=progress.seconds,
         targets=progress.targets,
         tokens=progress.tokens,
@@ -102,17 +108,21 @@ def train_run(
     )
 
 
-def training_seconds(lines: Sequence[Line]) -> float:
+def training_seconds(lines: Sequence[Line]) -> tuple[float, float]:
     """Return the seconds of training steps that lines of metrics tell, without the waits for states.
 
     Args:
         lines: of kind `train`, all of a run; each stands for the targets since the one before.
+
+    Returns:
+        At the pace of the median line, which a machine that others use may stop now and then without effect; and
+        their plain sum.
     """
     before = [0.0, *(line["targets"] for line in lines)]
-    return sum(
-        (line["targets"] - start) / line["targets_per_s"] - line["checkpoint_s"]
-        for start, line in zip(before, lines, strict=False)
-    )
+    targets = [line["targets"] - start for start, line in zip(before, lines, strict=False)]
+    seconds = [of / line["targets_per_s"] - line["checkpoint_s"] for of, line in zip(targets, lines, strict=True)]
+    pace = statistics.median(one / of for one, of in zip(seconds, targets, strict=True))
+    return pace * sum(targets), sum(seconds)
 
 
 def best_state(storage: Storage, run: str) -> Checkpoint | None:

@@ -88,12 +88,13 @@ def test_every_study_in_configs_can_be_planned(path: Path) -> None:
     assert compared == set(config.study.rows), "a row that stands in no table is trained for nobody"
 
 
-def test_training_seconds_leave_out_the_waits_for_states() -> None:
+def test_training_seconds_leave_out_the_waits_for_states_and_those_of_the_pace_a_machine_that_stood_still() -> None:
     lines = [
         {"targets": 100, "targets_per_s": 50.0, "checkpoint_s": 0.5},
         {"targets": 160, "targets_per_s": 20.0, "checkpoint_s": 0.0},
+        {"targets": 260, "targets_per_s": 0.5, "checkpoint_s": 0.0},
     ]
-    assert training_seconds(lines) == pytest.approx(1.5 + 3.0)
+    assert training_seconds(lines) == pytest.approx((260 * 3.0 / 60, 1.5 + 3.0 + 200.0))
 
 
 def test_hours_left_are_those_of_the_same_row_or_of_as_many_tokens() -> None:
