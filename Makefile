@@ -40,7 +40,7 @@ test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten secon
 	@$(UNIT) -m "not slow and not integration"
 
 cluster: export HF_HUB_OFFLINE := 1
-cluster: $(READY) ## jobs on a Ray cluster of three local nodes, and a killed sweep (a quarter of an hour)
+cluster: $(READY) ## the long tests: jobs on a cluster of three local nodes, its doctor, a killed sweep (20 minutes)
 	@$(BIN)/python -m pytest -q -m "cluster or (long and not chaos)"
 
 CHAOS_TABLE ?= outputs/chaos.md

@@ -36,7 +36,7 @@ from dti_ray.score.scatter import Scattered, scatter
 from dti_ray.score.scorer import Scorer, cut_units
 from dti_ray.score.unit import COUNTS
 from dti_ray.storage import FileEntry, Storage
-from dti_ray.telemetry.series import RUN
+from dti_ray.telemetry.series import RUN, SCORING
 from dti_ray.telemetry.sinks import SeriesSink, series_tags
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,8 @@ def _score(job: Job, scorer: Scorer, watch: Watch) -> tuple[list[Tree], int]:
         return True
 
     fresh = 0
-    with closing(SeriesSink(Gauge, RayCounter, series_tags(job.model.identity["run"], None, job.dataset))) as series:
+    tags = series_tags(job.model.identity["run"], None, job.dataset)
+    with closing(SeriesSink(Gauge, RayCounter, tags, SCORING)) as series:
 
         def show(stage: str, done: int, left: int) -> None:
             nonlocal fresh

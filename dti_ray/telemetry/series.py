@@ -1,7 +1,7 @@
-"""The series that a run exports while it runs, and a server while it serves, each declared once.
+"""The series that a run exports while it trains or scores, and a server while it serves, each declared once.
 
 Stage: beside training and serving; what the dashboard, the alert rules and docs/monitoring.md name is held against
-these tables by tests. In: nothing. Out: `SERIES` of training, `SERVING`.
+these tables by tests. In: nothing. Out: `SERIES` of training, `SCORING`, `SERVING`.
 Invariant: a series of training is the value at one key of one kind of line, so files, terminal and scrape show the same
 numbers.
 Means and sums are over all workers: a line is written once for all of them.
@@ -67,8 +67,9 @@ SERIES = (
     ),
     Series("dti_data_wait_ratio", "gauge", "share", "train", "data_wait", "share of the time spent waiting for rows"),
     Series("dti_quarantined_rows", "gauge", "rows", "run", "quarantined_rows", "rows of the log put to quarantine"),
-    Series("dti_score_progress_ratio", "gauge", "share", "run", "scored_units", "units of batch scoring done"),
 )  # fmt: skip
+
+SCORING = (Series("dti_score_progress_ratio", "gauge", "share", "run", "scored_units", "units of batch scoring done"),)
 
 SERVING = (
     Series("dti_serve_requests", "counter", "requests", "request", "count", "requests answered, by route and status"),

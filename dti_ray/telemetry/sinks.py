@@ -8,7 +8,7 @@ listens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from dti_ray.telemetry.series import SERIES, Series
@@ -68,7 +68,7 @@ class CounterLike(Protocol):
 
 
 class SeriesSink:
-    """Exports the series of the table; knows no Ray, so that whoever runs on Ray hands in what Ray has for it.
+    """Exports the series of a table; knows no Ray, so that whoever runs on Ray hands in what Ray has for it.
 
     Ray forgets a gauge that is not set again within two of its reports: until it is closed, a thread does that.
 
@@ -76,6 +76,7 @@ class SeriesSink:
         gauge: makes a gauge of (name, description, keys of its tags).
         counter: makes a counter of the same.
         tags: of every value, such as the run's name.
+        declared: the table.
         refresh_s: between two settings.
     """
 
@@ -84,11 +85,12 @@ class SeriesSink:
         gauge: Callable[[str, str, tuple[str, ...]], GaugeLike],
         counter: Callable[[str, str, tuple[str, ...]], CounterLike],
         tags: Mapping[str, str],
+        declared: Sequence[Series] = SERIES,
         refresh_s: float = REFRESH_S,
     ) -> None:
-        self.tags, self.refresh_s, keys = dict(tags), refresh_s, tuple(tags)
-        self.gauges = {one: gauge(one.name, one.description, keys) for one in SERIES if one.kind == "gauge"}
-        self.counters = {one: counter(one.name, one.description, keys) for one in SERIES if one.kind == "counter"}
+        self.tags, self.declared, self.refresh_s, keys = dict(tags), declared, refresh_s, tuple(tags)
+        self.gauges = {one: gauge(one.name, one.description, keys) for one in declared if one.kind == "gauge"}
+        self.counters = {one: counter(one.name, one.description, keys) for one in declared if one.kind == "counter"}
         self.newest: dict[Series, float] = {}
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._refresh, daemon=True, name="refresh gauges")
@@ -96,7 +98,7 @@ class SeriesSink:
 
     def add(self, kind: str, line: Line) -> None:
         """See `Sink`."""
-        values = {one: line[one.key] for one in SERIES if one.line == kind and one.key in line}
+        values = {one: line[one.key] for one in self.declared if one.line == kind and one.key in line}
         for series, value in values.items():
             if series in self.gauges:
                 self.newest[series] = value

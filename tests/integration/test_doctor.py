@@ -25,7 +25,7 @@ from tests.builders import make_config, write_dataset
 from tests.ray_nodes import MEMORY, start_nodes
 from tests.seaweed import Seaweed
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.integration]
+pytestmark = [pytest.mark.long, pytest.mark.integration]
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,6 @@ def test_schemathesis_finds_no_server_error(server: Server) -> None:
     assert requests.get(f"{server.url}/healthz", timeout=PATIENCE_S).json()["status"] == "alive"
 
 
-@pytest.mark.cluster
 def test_every_series_of_serving_is_at_the_nodes_endpoint(server: Server) -> None:
     """Ray's processes report every 10 s; a reload that fails is not made to happen here."""
     import time

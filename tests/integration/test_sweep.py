@@ -129,7 +129,6 @@ def test_sweep_whose_driver_is_killed_goes_on_and_ends_as_an_undisturbed_one(tmp
     )
 
 
-@pytest.mark.cluster
 @pytest.mark.long
 def test_trials_of_a_cluster_are_placed_on_both_of_its_nodes(tmp_path: Path) -> None:
     lay_out(tmp_path)

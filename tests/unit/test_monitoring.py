@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dti_ray.telemetry.series import SERIES, SERVING
+from dti_ray.telemetry.series import SCORING, SERIES, SERVING
 from tests.manifests import render
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ RULES: list[dict[str, Any]] = [
     for group in yaml.safe_load((FOLDER / "rules.yaml").read_text(encoding="utf-8"))["spec"]["groups"]
     for rule in group["rules"]
 ]
-ALL = (*SERIES, *SERVING)
+ALL = (*SERIES, *SCORING, *SERVING)
 DECLARED = {series.exported for series in ALL}
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 WORDS = {"and", "or", "unless", "on", "ignoring", "by", "without", "offset", "bool", "group_left", "group_right"}
