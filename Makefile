@@ -32,16 +32,17 @@ test test-fast: export HF_HUB_OFFLINE := 1
 # One process a core for tests that need no cluster: one thread each, or they stand in each other's way.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit -n logical --maxprocesses 8 --dist worksteal
 
-test: $(READY) ## all tests but the long ones, which `make cluster` and `make chaos` have
+test: $(READY) ## all tests but the long ones, which `make cluster` has
 	@$(UNIT)
 	@$(BIN)/python -m pytest -q tests/integration -m "not long" --durations 15
+	@$(BIN)/python -m pytest -q tests/chaos
 
 test-fast: $(READY) ## tests without Ray, DeepSpeed and S3, each under ten seconds
 	@$(UNIT) -m "not slow and not integration"
 
 cluster: export HF_HUB_OFFLINE := 1
 cluster: $(READY) ## the long tests: jobs on a cluster of three local nodes, its doctor, a killed sweep (20 minutes)
-	@$(BIN)/python -m pytest -q -m "cluster or (long and not chaos)"
+	@$(BIN)/python -m pytest -q -m "cluster or long"
 
 CHAOS_TABLE ?= outputs/chaos.md
 

@@ -109,11 +109,14 @@ class Run:
         return "\n".join([*self.texts(), self.error, log])
 
     def seconds_to_recover(self, since: float, step: int) -> float:
-        """Seconds from a moment to the first line behind a step reached by then, and behind the restore, if any."""
+        """Seconds from a moment to the first line behind a step reached by then, and behind the restore, if any.
+
+        Where the last step was done and its state alone was lost, to the restore: nothing was left to be trained.
+        """
         restored = [o["at"] for o in self.said if o.get("text", "").startswith("restored") and o["at"] > since]
         begin = min(restored, default=since)
         later = (o["at"] for o in self.said if o.get("kind") == "train" and o["step"] > step and o["at"] > begin)
-        return next(later) - since
+        return next(later, begin) - since
 
 
 class Stage:

@@ -12,7 +12,7 @@ from tests.chaos.stage import Stage
 
 SHORT = ["SIGKILL of a worker during upload"]
 
-pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
