@@ -236,7 +236,8 @@ def two_one_two_workers(zero_stage: int) -> Row:
         assert whole.wait() == 0, whole.told()
         expected, name = stage.losses(), None
         for workers, step in ((2, FAULT_STEP + seed), (1, 2 * FAULT_STEP + seed)):
-            run = stage.start({"pause_s": 0.1}, name, *overrides, f"cluster.workers={workers}")
+            # slow enough that a signal, which takes a second or two to arrive, stops it before its last step
+            run = stage.start({"pause_s": 0.5}, name, *overrides, f"cluster.workers={workers}")
             name = stage.name
             run.wait_for_step(step)
             reached = run.newest_step()

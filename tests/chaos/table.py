@@ -14,14 +14,17 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from tests.chaos import stage as stages
 from tests.chaos.rows import RESIZED, ROWS, Outcome, can_mount
-from tests.chaos.stage import RUN, Stage, kill
+from tests.chaos.stage import RUN, Run, Stage, kill
 
 FAULT_EVERY_S = 30
+# More steps than ten minutes have, so that no fault finds the run at its end.
+SOAKED = ["optim.epochs=40", "train.max_failures=1000", "checkpoint.every_steps=3"]
 
 
 def main() -> int:
@@ -63,32 +66,42 @@ def once(stage: Stage, name: str, seed: int) -> Outcome | str:
 
 def soak(stage: Stage, seconds: float) -> tuple[int, bool]:
     """Train while a random fault happens every half minute; return (faults, whether the end is right)."""
+    whole = stage.start(None, None, *SOAKED)
+    assert whole.wait() == 0, whole.told()
+    expected = stage.losses()
     rng, faults, ends_at = random.Random(0), 0, time.monotonic() + seconds
-    run = stage.start({"pause_s": 1.0}, None, "train.max_failures=1000", "checkpoint.every_steps=3")
-    while time.monotonic() < ends_at and run.process.poll() is None:
+    run = stage.start({"pause_s": 1.0}, None, *SOAKED)
+    while time.monotonic() < ends_at:
         time.sleep(FAULT_EVERY_S)
         fault = rng.choice(["worker", "driver", "term", "server"])
         faults += 1
         sys.stderr.write(f"soak: {fault} at step {run.newest_step()}\n")
-        if fault == "worker":
-            try:
-                kill(run.pid(rng.randrange(2)))
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-        elif fault == "server":
-            stage.s3.kill()
-            time.sleep(5)
-            stage.start_s3()
-        else:
-            if fault == "driver":
-                run.process.kill()
-            else:
-                run.process.terminate()
-            run.wait(120)
-            run = stage.start({"pause_s": 1.0}, stage.name, "train.max_failures=1000", "checkpoint.every_steps=3")
+        run = strike(stage, run, fault, rng)
+    run.process.terminate()
+    run.wait(120)
+    run = stage.start(None, stage.name, *SOAKED)
     while run.wait() != 0:
-        run = stage.start(None, stage.name)
-    return faults, stage.losses() == stage.expected and not stage.litter()
+        run = stage.start(None, stage.name, *SOAKED)
+    return faults, stage.losses() == expected and not stage.litter()
+
+
+def strike(stage: Stage, run: Run, fault: str, rng: random.Random) -> Run:
+    """Make a fault happen; return the run that goes on: this one, or what the same command starts."""
+    if fault == "worker":
+        with suppress(ProcessLookupError, FileNotFoundError):  # it is being started again from the fault before
+            kill(run.pid(rng.randrange(2)))
+        return run
+    if fault == "server":
+        stage.s3.kill()
+        time.sleep(5)
+        stage.start_s3()
+        return run
+    if fault == "driver":
+        run.process.kill()
+    else:
+        run.process.terminate()
+    run.wait(120)
+    return stage.start({"pause_s": 1.0}, stage.name, *SOAKED)
 
 
 def heading(times: int) -> str:
