@@ -185,7 +185,8 @@ def _step(engine: Engine, passes: Passes, table: TokenTable, lr: float) -> Calla
     def step() -> None:
         for rows in passes:
             batch = collate(rows, table).to(engine.device)
-            engine.backward(loss_sum(engine.forward(batch), batch.labels, batch.is_target) / targets)
+            log_odds, of_text = engine.forward_training(batch)
+            engine.backward((loss_sum(log_odds, batch.labels, batch.is_target) + of_text) / targets)
         engine.step(lr)
 
     return step

@@ -141,6 +141,10 @@ class OptimConfig(Section):
     sliding_tail: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="last share of the targets, trained as stand-alone prompts"
     )
+    text_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="weight of a second loss: each target's text, token by token, predicted from what is before it",
+    )
 
 
 class TrainConfig(Section):

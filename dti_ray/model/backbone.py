@@ -9,7 +9,7 @@ rows of the LM head are ever computed, and both are trained whatever else is fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from dti_ray.config import RunConfig
 from dti_ray.data.plan import derive_seed
 from dti_ray.data.prompts import TokenTable
-from dti_ray.errors import Fault, InputError
+from dti_ray.errors import ConfigError, Fault, InputError
 from dti_ray.model.attention import AttentionPlan, Backend, Past, Read, Visit, choose_backend, keep_last, make_plan
 from dti_ray.model.batch import PackedBatch
 from dti_ray.model.decoder import INITIAL_STD, MARKERS, check_architecture, make_decoder
 from dti_ray.model.lora import add_adapters
+from dti_ray.model.loss import text_loss_sum
 from dti_ray.model.masks import Rules
 
 
@@ -35,7 +36,7 @@ class ClickModel(nn.Module):
         label_rows: [2, width], the LM head's rows of <no> and <yes>.
         markers: [3, width], what [SUM], <no> and <yes> start from.
         vocabulary: ids from here on are markers.
-        config: rules, debias, reset, head and dropout.
+        config: rules, debias, reset, head, dropout and the weight of texts.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ClickModel(nn.Module):
         self.debias, self.reset = config.debias, config.reset
         self.is_pinned = config.prompt.prefix_position == "pinned"
         self.dropout = nn.Dropout(config.model.dropout)
-        self.attention = config.model.attention
+        self.attention, self.text_weight = config.model.attention, config.optim.text_weight
         layers = _layers(decoder)
         for layer in layers:
             layer.register_forward_pre_hook(_hand_on_angles, with_kwargs=True)
@@ -65,6 +66,13 @@ class ClickModel(nn.Module):
         if config.reset.mode == "uniform":
             for layer in layers[:-1]:
                 layer.register_forward_hook(_reset_uniformly, with_kwargs=True)
+
+    @property
+    def words(self) -> Float[Tensor, "V W"]:
+        """The embedding of the vocabulary, which is the LM head of texts too."""
+        weight = self.decoder.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what training changes, by name: all weights, or under LoRA adapters, markers and head."""
@@ -84,9 +92,23 @@ class ClickModel(nn.Module):
             raise InputError(Fault("checkpoint", problem, f"{wanted.get(odd[0])}", "was it written by this run?"))
         self.load_state_dict(weights, strict=False)
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, "B S"]:
-        """Return the log-odds of a click at every [SUM], padding included."""
-        return self.head(self.read(batch))
+    @overload
+    def forward(self, batch: PackedBatch, has_text: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, batch: PackedBatch, has_text: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, batch: PackedBatch, has_text: bool = False
+    ) -> Float[Tensor, "B S"] | tuple[Float[Tensor, "B S"], Float[Tensor, ""]]:
+        """Return the log-odds of a click at every [SUM], padding included.
+
+        Args:
+            batch: whole rows.
+            has_text: also return the loss of the targets' texts, summed and times `optim.text_weight`; for training.
+        """
+        states, plan = self._run(batch, choose_backend(self.attention, batch.tokens.device.type))
+        return (self.head(states), self._text_loss(plan)) if has_text else self.head(states)
 
     def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
         """Return the states at every [SUM], after the decoder's last norm."""
@@ -120,6 +142,14 @@ class ClickModel(nn.Module):
         words = self.decoder.get_input_embeddings()(torch.where(is_marker, 0, tokens))
         markers = self.markers(torch.where(is_marker, tokens - self.vocabulary, 0))
         return torch.where(is_marker.unsqueeze(-1), markers.to(words.dtype), words)
+
+    def _text_loss(self, plan: AttentionPlan) -> Float[Tensor, ""]:
+        """Predict texts from the states in front of the last layer, which itself answers [SUM] alone."""
+        if not self.text_weight:
+            return plan.embeddings.new_zeros(())
+        assert plan.last_states is not None, "the last layer was run"
+        states = self.decoder.get_submodule("norm")(plan.last_states.split(plan.sizes, dim=1)[1])
+        return self.text_weight * text_loss_sum(states, self.words, plan.batch)
 
     def _run(
         self, batch: PackedBatch, backend: Backend, visit: Visit | None = None
@@ -170,16 +200,25 @@ def build_model(config: RunConfig, table: TokenTable) -> ClickModel:
     """Build the model that a run trains, the same for the same seed.
 
     Raises:
-        ConfigError: the name cannot be loaded, or the architecture lacks what attention or adapters need.
+        ConfigError: the name cannot be loaded, or the architecture lacks what attention, adapters or texts need.
     """
     seed = config.train.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         parts = make_decoder(config.model, table)
+        _check_text(config, parts.decoder)
         model = ClickModel(parts.decoder, parts.label_rows, parts.markers, table.vocabulary, config)
         if config.lora.rank is not None:
             add_adapters(parts.decoder, config.lora, derive_seed(seed, "adapters"))
     return model
+
+
+def _check_text(config: RunConfig, decoder: PreTrainedModel) -> None:
+    """Refuse to predict texts by embeddings that are not the LM head's rows."""
+    if config.optim.text_weight and config.model.name_or_path is not None and not decoder.config.tie_word_embeddings:
+        problem = f"got {config.optim.text_weight:g}, but {config.model.name_or_path} has an LM head of its own"
+        hint = "set optim.text_weight=0, or take a decoder whose LM head is its embedding"
+        raise ConfigError(Fault("optim.text_weight", problem, "tied embeddings", hint))
 
 
 def _layers(decoder: PreTrainedModel) -> nn.ModuleList:

@@ -19,6 +19,7 @@ from dti_ray.config import Window
 from dti_ray.gpus import peak_of
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import PackedBatch
+from dti_ray.model.loss import predicted_text
 from dti_ray.model.masks import Coordinates, Rules, content_coordinates, sum_coordinates, visible
 
 CHUNK = 256
@@ -37,6 +38,7 @@ class Work:
         sum_pairs: those of [SUM] tokens.
         far_content_pairs: of the content pairs, those with another interaction.
         far_sum_pairs: of the [SUM] pairs, those with another interaction.
+        texts: content tokens that a second loss would predict.
     """
 
     prefix: int = 0
@@ -46,6 +48,7 @@ class Work:
     sum_pairs: int = 0
     far_content_pairs: int = 0
     far_sum_pairs: int = 0
+    texts: int = 0
 
     @property
     def tokens(self) -> int:
@@ -88,14 +91,16 @@ def count_work(batch: PackedBatch, rules: Rules) -> Work:
         sum_pairs=targets * (prefix + 1) + int(own_text.sum()) + far_sum_pairs,
         far_content_pairs=far_pairs,
         far_sum_pairs=far_sum_pairs,
+        texts=int(predicted_text(batch).sum()),
     )
 
 
 def count_flops(model: ClickModel, work: Work) -> Flops:
-    """Count the operations of a forward pass over some rows, and of its backward pass.
+    """Count the operations of a forward pass over some rows in training, and of its backward pass.
 
     In the last layer every token gives keys, but only [SUM] asks. With a `distance` or `constant` reset, layers
-    behind the first make keys from the embeddings too, and every pair with another interaction counts twice.
+    behind the first make keys from the embeddings too, and every pair with another interaction counts twice. Where
+    texts are predicted (`optim.text_weight`), each of their tokens meets all rows of the embedding.
     Backward: gradients of all inputs once, of trainable matrices once more, and two products for each of
     attention's two.
     """
@@ -117,6 +122,10 @@ def count_flops(model: ClickModel, work: Work) -> Flops:
             pairs += work.content_pairs + (copies - 1) * work.far_content_pairs
         attention += 4 * model.decoder.config.num_attention_heads * head_dim * pairs
     head = 2 * model.head.rows.in_features * model.head.rows.out_features * work.sums
+    if model.text_weight:
+        flops = 2 * model.words.numel() * work.texts
+        forward += flops
+        trained += flops if model.words.requires_grad else 0
     return Flops(forward=forward + head + attention, backward=forward + trained + 2 * head + 2 * attention)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dti_ray.config.study import StudyConfig
 from dti_ray.report.plots import COUNTS
@@ -153,7 +153,7 @@ def plot_contexts(study: StudyConfig, compared: Comparison) -> Picture | None:
             x, y = [one.asked.n for one in found], [one.auc.value for one in found]
             axes.plot(x, y, f"{MARKS[index % len(MARKS)]}-", color=colour, markersize=6, linewidth=1.6)
             labels.append(Label(x[-1], y[-1], row, colour if colour != LIGHT["grey"] else LIGHT["muted"]))
-        axes.set_xticks(sorted({one.asked.n for found in told.values() for one in found}))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set(
             xlabel="n, context at inference (interactions)", ylabel=f"AUC, sliding inference, {SPLIT_WORDS[split]}"
         )

@@ -34,6 +34,10 @@ class Engine(Protocol):
         """Return log-odds [B, S]."""
         ...
 
+    def forward_training(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return log-odds [B, S], and the weighted loss of the targets' texts, summed."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one pass."""
         ...
@@ -127,6 +131,11 @@ class TorchEngine:
         with self.autocast:
             return self.model(batch)
 
+    def forward_training(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        with self.autocast:
+            return self.model(batch, has_text=True)
+
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         loss.backward()
@@ -183,6 +192,10 @@ class DeepSpeedEngine:
     def forward(self, batch: PackedBatch) -> Tensor:
         """See `Engine`."""
         return self.engine(batch)
+
+    def forward_training(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        return self.engine(batch, has_text=True)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DeepSpeed averages over ranks, so the loss is multiplied by their number."""

@@ -37,7 +37,8 @@ def _rows() -> list[PackedRow]:
 
 
 def _config(stage: int, precision: str = "fp32") -> RunConfig:
-    return make_config("model.layers=2", f"train.zero_stage={stage}", f"train.precision={precision}")
+    engine = [f"train.zero_stage={stage}", f"train.precision={precision}"]
+    return make_config("model.layers=2", "optim.text_weight=0.1", *engine)
 
 
 def _adapter_config(*overrides: str) -> RunConfig:
@@ -56,7 +57,8 @@ def train_some(engine: Engine, rank: int, world: int, passes: int, lr: float = L
         total = 0.0
         for i in range(passes):
             batch = collate(mine[i * size : (i + 1) * size], table)
-            loss = loss_sum(engine.forward(batch), batch.labels, batch.is_target)
+            log_odds, of_text = engine.forward_training(batch)
+            loss = loss_sum(log_odds, batch.labels, batch.is_target) + of_text
             engine.backward(loss / targets)
             total += float(loss.detach())
         engine.step(lr)

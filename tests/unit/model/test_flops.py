@@ -11,7 +11,7 @@ from dti_ray.data.packing import pack
 from dti_ray.gpus import peak_of
 from dti_ray.model.batch import PackedBatch, collate
 from dti_ray.model.flops import Work, count_flops, count_work, peak_flops
-from dti_ray.model.loss import loss_sum
+from dti_ray.model.loss import loss_sum, predicted_text
 from dti_ray.model.masks import Rules, dense_distance, dense_mask
 from tests.builders import make_config, make_model, make_sequences, make_table, train_spec
 
@@ -53,21 +53,25 @@ def dense_work(batch: PackedBatch) -> Work:
     """Return the work of the reference, which meets all T x T pairs in every layer, the last one too."""
     rows, size = batch.tokens.shape
     sums = batch.after.shape[1]
-    return Work(content=rows * (size - sums), sums=rows * sums, sum_pairs=rows * size * size)
+    texts = int(predicted_text(batch).sum())
+    return Work(content=rows * (size - sums), sums=rows * sums, sum_pairs=rows * size * size, texts=texts)
 
 
+@pytest.mark.parametrize("text_weight", [0.0, 0.1])
 @pytest.mark.parametrize("trained", ["all", "head only"])
-def test_flops_equal_those_that_torch_counts_on_the_dense_path(trained: str) -> None:
-    config = make_config("model.attention=dense", "model.layers=3", "packing.window=off")
+def test_flops_equal_those_that_torch_counts_on_the_dense_path(trained: str, text_weight: float) -> None:
+    texts = f"optim.text_weight={text_weight}"
+    config = make_config("model.attention=dense", "model.layers=3", "packing.window=off", texts)
     table = make_table(prefix=0)
     rows = list(pack(make_sequences([12, 7]), table, train_spec(config, k=5)))
     batch = collate(rows, table)
     model = make_model(config, table)
     if trained == "head only":
-        for parameter in model.decoder.layers.parameters():
+        for parameter in model.decoder.parameters():
             parameter.requires_grad_(False)
     with FlopCounterMode(display=False) as forward:
-        loss = loss_sum(model(batch), batch.labels, batch.is_target)
+        log_odds, of_text = model(batch, has_text=True)
+        loss = loss_sum(log_odds, batch.labels, batch.is_target) + of_text
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     expected = count_flops(model, dense_work(batch))
@@ -89,7 +93,7 @@ def test_a_dual_reset_makes_keys_twice_and_meets_other_interactions_twice() -> N
 
 
 def test_work_adds_up() -> None:
-    assert Work(1, 2, 3, 4, 5, 6, 7) + Work(1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8)
+    assert Work(1, 2, 3, 4, 5, 6, 7, 8) + Work(1, 1, 1, 1, 1, 1, 1, 1) == Work(2, 3, 4, 5, 6, 7, 8, 9)
     assert Work(1, 2, 3).tokens == 6
 
 

@@ -1,0 +1,94 @@
+"""The second loss: which tokens it predicts, that each target counts once, and what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dti_ray.data.packing import PackedRow, pack
+from dti_ray.data.prompts import TokenTable
+from dti_ray.errors import ConfigError
+from dti_ray.model.backbone import build_model
+from dti_ray.model.batch import collate
+from dti_ray.model.loss import predicted_text
+from tests.builders import make_config, make_model, make_sequences, make_table, train_spec
+
+LENGTHS = [14, 5, 23, 1]
+
+
+def _predicted(row: PackedRow) -> list[bool]:
+    """Say it of each token of a row, one after the other."""
+    ends = {(int(row.prompt[after]), int(row.interaction[after])): int(after) for after in row.after}
+    places = list(zip(row.prompt.tolist(), row.interaction.tolist(), strict=True))
+    return [
+        i <= ends.get(place, -1) and i > 0 and places[i - 1][0] == place[0]
+        for i, place in enumerate(places)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 4, None])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_the_texts_of_targets_are_predicted_and_nothing_else(k: int | None, prefix: int) -> None:
+    table = make_table(prefix=prefix)
+    rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=k, n=6, row_tokens=200)))
+    batch = collate(rows, table)
+    assert predicted_text(batch).any()
+    for row, found in zip(rows, predicted_text(batch).tolist(), strict=True):
+        padding = len(found) - len(row.tokens)
+        assert found == _predicted(row) + [False] * padding
+
+
+@pytest.mark.parametrize("backend", ["dense", "banded"])
+def test_a_target_counts_once_and_the_same_alone_and_among_others(backend: str) -> None:
+    """Where every prompt begins with its user, anchored prompts are nested, and so are their texts."""
+    config = make_config("packing.window=off", "optim.text_weight=0.5", f"model.attention={backend}")
+    table = make_table()
+    model = make_model(config, table)
+
+    def loss(k: int | None) -> float:
+        rows = list(pack(make_sequences(LENGTHS), table, train_spec(config, k=k, n=50, row_tokens=400)))
+        with torch.no_grad():
+            return float(model(collate(rows, table), has_text=True)[1])
+
+    assert loss(1) > 1.0
+    assert loss(4) == pytest.approx(loss(1), rel=1e-5)
+    assert loss(None) == pytest.approx(loss(1), rel=1e-5)
+
+
+def test_the_second_loss_is_proportional_to_its_weight_and_leaves_answers_as_they_are() -> None:
+    table = make_table()
+    rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=4)))
+    models = [make_model(make_config(f"optim.text_weight={weight}"), table) for weight in (0.0, 0.5, 1.0)]
+    with torch.no_grad():
+        found = [model(collate(rows, table), has_text=True) for model in models]
+    assert float(found[0][1]) == 0.0
+    assert float(found[2][1]) == pytest.approx(2 * float(found[1][1]))
+    assert all(torch.equal(log_odds, found[0][0]) for log_odds, _ in found)
+
+
+def test_learning_to_predict_texts_lowers_their_loss_and_trains_the_embedding() -> None:
+    table = make_table()
+    rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=4)))
+    model, batch = build_model(make_config("optim.text_weight=1.0", "model.layers=2"), table), collate(rows, table)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        _, of_text = model(batch, has_text=True)
+        optimizer.zero_grad()
+        of_text.backward()
+        optimizer.step()
+        losses.append(float(of_text.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_decoder_with_an_lm_head_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=False, **shape)).save_pretrained(tmp_path)
+    table = TokenTable(*(torch.zeros(2, dtype=torch.int32).numpy() for _ in range(3)), 40, (None, 0, 1))
+    named = f"model.name_or_path={tmp_path}"
+    build_model(make_config(named), table)
+    with pytest.raises(ConfigError, match=r"optim.text_weight: got 0.1, but .* has an LM head of its own"):
+        build_model(make_config(named, "optim.text_weight=0.1"), table)
