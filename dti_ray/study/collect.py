@@ -56,8 +56,9 @@ def facts(study: Study, events: Sequence[Event]) -> dict[str, str]:
         "split": f"{dataset.data_config.get('split', 'unknown')}: {targets} targets",
         "model": _model(study),
         "training": f"{optim.epochs} epochs, {optim.targets_per_step:,} targets a step, learning rate {optim.lr:g}, "
-        f"{train.precision}, n = {config.packing.n}, window {config.packing.window}; a row says what it changes",
-        "hardware": _each(_hardware(event["machine"]) for event in sessions),
+        f"{train.precision}, n = {config.packing.n}, window {config.packing.window}, texts predicted with weight "
+        f"{optim.text_weight:g}; a row says what it changes",
+        "hardware": _each(_hardware(event["machine"], event.get("threads")) for event in sessions),
         "versions": _each(_versions(event["versions"]) for event in sessions),
         "commit": _each(str(event["commit"] or "unknown") for event in sessions),
         "dates": _dates([event["at"] for event in [*sessions, *done]]),
@@ -87,10 +88,11 @@ def _model(study: Study) -> str:
     return f"{config.model.name_or_path or scratch}, {trained / 1e6:.3g} M weights trained"
 
 
-def _hardware(machine: dict[str, object]) -> str:
+def _hardware(machine: dict[str, object], threads: int | None) -> str:
     gpus = machine["gpus"]
     assert isinstance(gpus, list), "as identity writes it"
-    return ", ".join([*gpus, f"{machine['cpu']} with {machine['cpus']} CPUs"])
+    used = "" if threads is None else f", {threads} of them used"  # older ledgers do not say it
+    return ", ".join([*gpus, f"{machine['cpu']} with {machine['cpus']} CPUs{used}"])
 
 
 def _versions(found: dict[str, str | None]) -> str:

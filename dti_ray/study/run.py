@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+import torch
+
 from dti_ray.config import config_hash, to_yaml
 from dti_ray.errors import DtiRayError
 from dti_ray.study.answers import answers_folder, asked, compute_answers, find_answers, read_answers
@@ -124,7 +126,7 @@ class _Session:
         if not self.storage.exists(path):
             self.storage.write(path, to_yaml(self.study.base).encode())
         facts = {"base": config_hash(self.study.base), "commit": git_commit()}
-        facts |= {"machine": machine(), "versions": versions()}
+        facts |= {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions()}
         self._add({"event": "session", "study": self.study.name, **facts})
         state = self.ledger.state()
         known = {run.row: state.runs[run.name].trial for run in self.study.runs if run.name in state.runs}
