@@ -14,6 +14,7 @@ from dti_ray.errors import ConfigError
 from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import collate
 from dti_ray.model.loss import predicted_text
+from dti_ray.model.speed import speed_up
 from tests.builders import make_config, make_model, make_sequences, make_table, train_spec
 
 LENGTHS = [14, 5, 23, 1]
@@ -92,3 +93,20 @@ def test_a_decoder_with_an_lm_head_of_its_own_is_refused_by_name(tmp_path: Path)
     build_model(make_config(named), table)
     with pytest.raises(ConfigError, match=r"optim.text_weight: got 0.1, but .* has an LM head of its own"):
         build_model(make_config(named, "optim.text_weight=0.1"), table)
+
+
+def test_gradients_are_the_same_where_layers_are_computed_again() -> None:
+    table = make_table()
+    rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=4)))
+    found = []
+    for again in (False, True):
+        config = make_config("optim.text_weight=1.0", "model.layers=3", f"model.gradient_checkpointing={again}")
+        model = make_model(config, table).train()
+        speed_up(model.decoder, config.model, torch.device("cpu"))
+        log_odds, of_text = model(collate(rows, table), has_text=True)
+        (log_odds.sum() + of_text).backward()
+        found.append([weight.grad for weight in model.trained().values()])
+    for plain, repeated in zip(*found, strict=True):
+        assert plain is not None
+        assert repeated is not None
+        assert torch.allclose(plain, repeated, atol=1e-5)
