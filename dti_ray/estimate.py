@@ -33,6 +33,7 @@ from dti_ray.model.speed import speed_up
 SAMPLE_TARGETS = 20_000
 PROBE_TOKENS = 1024
 LOGIT_BYTES = 4
+TEXT_LOGITS = 3  # of each word for each predicted token: its logit, what the softmax keeps, and its gradient
 SHALLOW = (2, 3)  # layers of the measured copies: their difference is one layer
 
 
@@ -103,7 +104,7 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
         memory = replace(
             state,
             activations=round(per_token * pass_tokens),
-            logits=2 * LOGIT_BYTES * round(pass_tokens * work.sums / work.tokens),
+            logits=_logit_bytes(shape, work) * pass_tokens // work.tokens,
         )
         hours = flops / (peak_flops * mfu) / 3600
         tokens = round(work.tokens * scale)
@@ -126,6 +127,12 @@ def flops_per_target(config: RunConfig, dataset: Dataset, table: TokenTable) -> 
             work = _sample(changed, dataset, table, shape)[1]
             flops += share * count_flops(shape, work).train / work.sums
     return flops
+
+
+def _logit_bytes(shape: ClickModel, work: Work) -> int:
+    """Return the bytes of all logits: two of each click, and of a predicted text token those of the vocabulary."""
+    words = TEXT_LOGITS * len(shape.words) * work.texts if shape.text_weight else 0
+    return LOGIT_BYTES * (2 * work.sums + words)
 
 
 def _with_tail(cost: Cost, sliding: Cost, tail: float) -> Cost:

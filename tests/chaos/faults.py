@@ -46,12 +46,15 @@ def worker(job: dict[str, Any]) -> None:
             raise ValueError("this rank has had enough")
         if kind == "hang":
             time.sleep(3600)
-        forward = trainer.engine.forward
-        trainer.engine.forward = lambda batch: forward(batch) + torch.where(batch.is_target, math.nan, 0.0)
+        forward = trainer.engine.forward_training
+        trainer.engine.forward_training = lambda batch: (
+            forward(batch)[0] + torch.where(batch.is_target, math.nan, 0.0),
+            0,
+        )
         try:
             return plain(trainer, step, lr, tally)
         finally:
-            trainer.engine.forward = forward
+            trainer.engine.forward_training = forward
 
     Trainer.train_step = train_step
     try:

@@ -82,3 +82,10 @@ def test_frozen_weights_have_neither_gradients_nor_moments(tmp_path: Path) -> No
     assert adapted.memory.weights > full.memory.weights
     assert adapted.memory.gradients < full.memory.gradients / 4
     assert adapted.memory.optimizer < full.memory.optimizer / 4
+
+
+def test_predicted_texts_cost_the_logits_of_the_whole_vocabulary(tmp_path: Path) -> None:
+    _, (_, plain) = costs(tmp_path / "plain")
+    _, (_, texts) = costs(tmp_path / "texts", "optim.text_weight=0.1")
+    assert texts.memory.logits > 10 * plain.memory.logits
+    assert texts.flops > plain.flops

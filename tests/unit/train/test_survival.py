@@ -73,16 +73,15 @@ class PoisonedEngine(TorchEngine):
         super().__init__(build_model(config, make_table()), config, CPU)
         self.passes, self.poisoned = 0, poisoned
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        log_odds = super().forward(batch)
-        if torch.is_grad_enabled():
-            self.passes += 1
-            if self.passes in self.poisoned:
-                row, column = batch.is_target.nonzero()[0]
-                mask = torch.zeros_like(log_odds)
-                mask[row, column] = math.nan
-                return log_odds + mask
-        return log_odds
+    def forward_training(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        log_odds, of_text = super().forward_training(batch)
+        self.passes += 1
+        if self.passes in self.poisoned:
+            row, column = batch.is_target.nonzero()[0]
+            mask = torch.zeros_like(log_odds)
+            mask[row, column] = math.nan
+            return log_odds + mask, of_text
+        return log_odds, of_text
 
 
 def tiny_run(root: Path, *overrides: str) -> RunConfig:
