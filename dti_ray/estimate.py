@@ -131,7 +131,7 @@ def flops_per_target(config: RunConfig, dataset: Dataset, table: TokenTable) -> 
 
 def _logit_bytes(shape: ClickModel, work: Work) -> int:
     """Return the bytes of all logits: two of each click, and of a predicted text token those of the vocabulary."""
-    words = TEXT_LOGITS * len(shape.words) * work.texts if shape.text_weight else 0
+    words = TEXT_LOGITS * len(shape.words) * work.text_tokens if shape.text_weight else 0
     return LOGIT_BYTES * (2 * work.sums + words)
 
 

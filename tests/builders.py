@@ -32,7 +32,11 @@ from dti_ray.storage import Storage
 VOCABULARY = 60
 ITEMS = 30
 LARGE_STD = 0.15  # of all matrices: logits then differ by about 1 between targets
-TINY = ["model.hidden_size=32", "model.heads=4", "model.kv_heads=2", "model.intermediate_size=48"]
+TINY = [
+    "model.hidden_size=32", "model.heads=4", "model.kv_heads=2", "model.intermediate_size=48",
+    "packing.k=20", "packing.n=10", "packing.row_tokens=4096", "train.rows_per_pass=8",
+    "optim.lr=3e-3", "optim.targets_per_step=256",
+]  # fmt: skip
 
 
 def make_config(*overrides: str) -> RunConfig:

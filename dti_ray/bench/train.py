@@ -185,8 +185,8 @@ def _step(engine: Engine, passes: Passes, table: TokenTable, lr: float) -> Calla
     def step() -> None:
         for rows in passes:
             batch = collate(rows, table).to(engine.device)
-            log_odds, of_text = engine.forward_training(batch)
-            engine.backward((loss_sum(log_odds, batch.labels, batch.is_target) + of_text) / targets)
+            log_odds, text_loss = engine.forward_training(batch)
+            engine.backward((loss_sum(log_odds, batch.labels, batch.is_target) + text_loss) / targets)
         engine.step(lr)
 
     return step

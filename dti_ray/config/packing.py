@@ -25,19 +25,19 @@ class Window(StrEnum):
 class PackingConfig(Section):
     """How targets share a prompt, and prompts a row."""
 
-    k: PositiveInt | Literal["all"] = Field(default=20, description="targets of one prompt; 1 is the sliding window")
+    k: PositiveInt | Literal["all"] = Field(default=50, description="targets of one prompt; 1 is the sliding window")
     k_min: PositiveInt | None = Field(
         default=None,
         description="train with a mixture: the targets of each prompt are drawn log-uniformly from k_min to k, anew in "
         "every epoch; null: each has k",
     )
-    n: PositiveInt = Field(default=10, description="interactions before the first target of a prompt (context)")
+    n: PositiveInt = Field(default=50, description="interactions before the first target of a prompt (context)")
     window: Window = Field(default=Window.OFF, description="how far a token sees back within its prompt")
     window_tokens: PositiveInt = Field(default=256, description="reach of `window: tokens` (tokens)")
     min_context: Annotated[int, Field(ge=0)] = Field(
         default=0, description="targets with fewer interactions before them are left out (count)"
     )
-    row_tokens: PositiveInt = Field(default=4096, description="capacity of a row, [SUM] included (tokens)")
+    row_tokens: PositiveInt = Field(default=8192, description="capacity of a row, [SUM] included (tokens)")
     mix_segments: PositiveInt = Field(
         default=8, description="segments of a stream whose prompts are shuffled together (count)"
     )

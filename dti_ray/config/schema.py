@@ -128,7 +128,7 @@ class ResetConfig(Section):
 class OptimConfig(Section):
     """AdamW, its schedule, and the step, which is counted in targets."""
 
-    lr: Annotated[float, Field(gt=0.0)] = Field(default=3e-3, description="peak learning rate")
+    lr: Annotated[float, Field(gt=0.0)] = Field(default=1.5e-3, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.01, description="decoupled; matrices only")
     beta1: OpenFraction = Field(default=0.9, description="AdamW")
     beta2: OpenFraction = Field(default=0.98, description="AdamW")
@@ -136,14 +136,14 @@ class OptimConfig(Section):
     warmup: Fraction = Field(default=0.05, description="share of all targets over which the rate rises")
     final_lr: Fraction = Field(default=0.05, description="rate at the end, as a share of the peak (cosine)")
     grad_clip: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="global gradient norm, L2")
-    targets_per_step: PositiveInt = Field(default=256, description="targets of one optimizer step, all ranks (count)")
+    targets_per_step: PositiveInt = Field(default=512, description="targets of one optimizer step, all ranks (count)")
     epochs: PositiveInt = Field(default=3, description="passes over the training targets")
     sliding_tail: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0, description="last share of the targets, trained as stand-alone prompts"
     )
     text_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
-        description="weight of a second loss: each target's text, token by token, predicted from what is before it",
+        description="weight of a second loss: each target's text, predicted from what is before it, summed over tokens",
     )
 
 
@@ -156,7 +156,7 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="of weights in compute; AdamW keeps fp32")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
     rows_per_pass: PositiveInt = Field(
-        default=8, description="rows of one forward pass at most; more rows of a step are accumulated (count)"
+        default=4, description="rows of one forward pass at most; more rows of a step are accumulated (count)"
     )
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None, description="peak of one device (TFLOP/s), for MFU; null: its data sheet's, where that is known"

@@ -3,7 +3,7 @@
 Stage: backbone. In: a `PackedBatch`. Out: log-odds of a click, [B, S].
 Invariant: the decoder is unmodified. What we add stands beside it: three learnt marker embeddings ([SUM],
 <no>, <yes>) and two label rows, started from the decoder's own, so that the vocabulary never grows, only two
-rows of the LM head are ever computed, and both are trained whatever else is frozen.
+rows of the LM head are computed for a click, and both are trained whatever else is frozen.
 """
 
 from __future__ import annotations
@@ -93,22 +93,22 @@ class ClickModel(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     @overload
-    def forward(self, batch: PackedBatch, has_text: Literal[False] = False) -> Tensor: ...
+    def forward(self, batch: PackedBatch, is_text_asked: Literal[False] = False) -> Tensor: ...
 
     @overload
-    def forward(self, batch: PackedBatch, has_text: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, batch: PackedBatch, is_text_asked: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
     def forward(
-        self, batch: PackedBatch, has_text: bool = False
+        self, batch: PackedBatch, is_text_asked: bool = False
     ) -> Float[Tensor, "B S"] | tuple[Float[Tensor, "B S"], Float[Tensor, ""]]:
         """Return the log-odds of a click at every [SUM], padding included.
 
         Args:
             batch: whole rows.
-            has_text: also return the loss of the targets' texts, summed and times `optim.text_weight`; for training.
+            is_text_asked: also return the loss of the targets' texts, summed, times `optim.text_weight`; for training.
         """
         states, plan = self._run(batch, choose_backend(self.attention, batch.tokens.device.type))
-        return (self.head(states), self._text_loss(plan)) if has_text else self.head(states)
+        return (self.head(states), self._text_loss(plan)) if is_text_asked else self.head(states)
 
     def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
         """Return the states at every [SUM], after the decoder's last norm."""
@@ -206,15 +206,19 @@ def build_model(config: RunConfig, table: TokenTable) -> ClickModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
         parts = make_decoder(config.model, table)
-        _check_text(config, parts.decoder)
+        check_text(config, parts.decoder)
         model = ClickModel(parts.decoder, parts.label_rows, parts.markers, table.vocabulary, config)
         if config.lora.rank is not None:
             add_adapters(parts.decoder, config.lora, derive_seed(seed, "adapters"))
     return model
 
 
-def _check_text(config: RunConfig, decoder: PreTrainedModel) -> None:
-    """Refuse to predict texts by embeddings that are not the LM head's rows."""
+def check_text(config: RunConfig, decoder: PreTrainedModel) -> None:
+    """Refuse to predict texts by embeddings that are not the LM head's rows.
+
+    Raises:
+        ConfigError: `optim.text_weight` is set and the decoder has an LM head of its own.
+    """
     if config.optim.text_weight and config.model.name_or_path is not None and not decoder.config.tie_word_embeddings:
         problem = f"got {config.optim.text_weight:g}, but {config.model.name_or_path} has an LM head of its own"
         hint = "set optim.text_weight=0, or take a decoder whose LM head is its embedding"

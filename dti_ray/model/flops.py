@@ -38,7 +38,7 @@ class Work:
         sum_pairs: those of [SUM] tokens.
         far_content_pairs: of the content pairs, those with another interaction.
         far_sum_pairs: of the [SUM] pairs, those with another interaction.
-        texts: content tokens that a second loss would predict.
+        text_tokens: content tokens that a second loss would predict.
     """
 
     prefix: int = 0
@@ -48,7 +48,7 @@ class Work:
     sum_pairs: int = 0
     far_content_pairs: int = 0
     far_sum_pairs: int = 0
-    texts: int = 0
+    text_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -91,7 +91,7 @@ def count_work(batch: PackedBatch, rules: Rules) -> Work:
         sum_pairs=targets * (prefix + 1) + int(own_text.sum()) + far_sum_pairs,
         far_content_pairs=far_pairs,
         far_sum_pairs=far_sum_pairs,
-        texts=int(predicted_text(batch).sum()),
+        text_tokens=int(predicted_text(batch).sum()),
     )
 
 
@@ -123,9 +123,11 @@ def count_flops(model: ClickModel, work: Work) -> Flops:
         attention += 4 * model.decoder.config.num_attention_heads * head_dim * pairs
     head = 2 * model.head.rows.in_features * model.head.rows.out_features * work.sums
     if model.text_weight:
-        flops = 2 * model.words.numel() * work.texts
+        embedding = model.decoder.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding), "its weight may be empty: ZeRO 3 spreads it"
+        flops = 2 * embedding.num_embeddings * embedding.embedding_dim * work.text_tokens
         forward += flops
-        trained += flops if model.words.requires_grad else 0
+        trained += flops if embedding.weight.requires_grad else 0
     return Flops(forward=forward + head + attention, backward=forward + trained + 2 * head + 2 * attention)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dti_ray.config import RunConfig
 from dti_ray.data.prompts import TokenTable
 from dti_ray.model.attention import NAME, register
-from dti_ray.model.backbone import ClickModel
+from dti_ray.model.backbone import ClickModel, check_text
 from dti_ray.model.decoder import MARKERS, load_decoder_config
 from dti_ray.model.lora import add_adapters
 
@@ -21,7 +21,7 @@ def build_shape(config: RunConfig, table: TokenTable) -> ClickModel:
     """Return the run's model with all its layers and no storage.
 
     Raises:
-        ConfigError: the decoder's configuration cannot be loaded, or its architecture does not fit.
+        ConfigError: the decoder's configuration cannot be loaded, or its architecture does not fit the run.
     """
     with torch.device("meta"):
         return _build(config, table, load_decoder_config(config.model, table))
@@ -44,6 +44,7 @@ def build_shallow(config: RunConfig, table: TokenTable, layers: int) -> ClickMod
 def _build(config: RunConfig, table: TokenTable, decoder_config: PretrainedConfig) -> ClickModel:
     register()
     whole = AutoModelForCausalLM.from_config(decoder_config, attn_implementation=NAME, dtype=torch.float32)
+    check_text(config, whole.get_decoder())
     rows, markers = (torch.zeros(count, decoder_config.hidden_size) for count in (2, MARKERS))
     model = ClickModel(whole.get_decoder(), rows, markers, table.vocabulary, config)
     if config.lora.rank is not None:

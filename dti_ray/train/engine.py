@@ -134,7 +134,7 @@ class TorchEngine:
     def forward_training(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         with self.autocast:
-            return self.model(batch, has_text=True)
+            return self.model(batch, is_text_asked=True)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
@@ -195,7 +195,7 @@ class DeepSpeedEngine:
 
     def forward_training(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        return self.engine(batch, has_text=True)
+        return self.engine(batch, is_text_asked=True)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DeepSpeed averages over ranks, so the loss is multiplied by their number."""

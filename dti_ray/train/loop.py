@@ -267,14 +267,14 @@ class Trainer:
                 work = count_work(batch, self.engine.model.rules)
                 tally.flops += count_flops(self.engine.model, work).train
             batch = batch.to(self.engine.device)
-            log_odds, of_text = self.engine.forward_training(batch)
+            log_odds, text_loss = self.engine.forward_training(batch)
             total = loss_sum(log_odds, batch.labels, batch.is_target)
             losses.append(float(total.detach()))
             suspects.append(np.zeros(sum(row.targets for row in rows), dtype=bool))
             if not math.isfinite(losses[-1]):
                 suspects[-1] = ~torch.isfinite(log_odds[batch.is_target]).cpu().numpy()
                 total = total * math.nan  # so that every rank finds a gradient that is not finite
-            self.engine.backward((total + of_text) / max(1, step.global_targets))
+            self.engine.backward((total + text_loss) / max(1, step.global_targets))
             tally.padded_tokens += batch.tokens.numel()
         tally.wait_s += step.wait_s
         grad_norm = self.engine.step(lr)

@@ -18,7 +18,8 @@ from dti_ray.data.packing import PackedRow, pack
 from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import collate
 from dti_ray.model.loss import loss_sum
-from dti_ray.train.engine import Engine, TorchEngine, build_engine
+from dti_ray.train import engine as engine_module
+from dti_ray.train.engine import Engine, TorchEngine, build_engine, deepspeed_config
 from dti_ray.train.state import StateFiles
 from tests.builders import make_config, make_sequences, make_table, train_spec
 
@@ -42,7 +43,7 @@ def _config(stage: int, precision: str = "fp32") -> RunConfig:
 
 
 def _adapter_config(*overrides: str) -> RunConfig:
-    wide = ["model.hidden_size=128", "model.intermediate_size=512", "model.layers=2"]
+    wide = ["model.hidden_size=128", "model.intermediate_size=512", "model.layers=2", "optim.text_weight=0.1"]
     return make_config(*wide, "lora.rank=8", "train.zero_stage=3", *overrides)
 
 
@@ -57,8 +58,8 @@ def train_some(engine: Engine, rank: int, world: int, passes: int, lr: float = L
         total = 0.0
         for i in range(passes):
             batch = collate(mine[i * size : (i + 1) * size], table)
-            log_odds, of_text = engine.forward_training(batch)
-            loss = loss_sum(log_odds, batch.labels, batch.is_target) + of_text
+            log_odds, text_loss = engine.forward_training(batch)
+            loss = loss_sum(log_odds, batch.labels, batch.is_target) + text_loss
             engine.backward(loss / targets)
             total += float(loss.detach())
         engine.step(lr)
@@ -77,10 +78,21 @@ def save_share(engine: Engine, folder: Path, rank: int) -> Path:
     return folder
 
 
-def deepspeed_worker(rank: int, world: int, folder: str) -> None:
-    """One rank: all stages one after the other, then a save and a load into a fresh engine."""
+def _begin(rank: int, world: int, folder: str) -> None:
+    """Join the others; ZeRO 3 shall spread the small weights of tests too, as it does those of a real model."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/rendezvous")
+
+    def spreading(config: RunConfig, passes: int) -> dict[str, object]:
+        zero = {"stage": config.train.zero_stage, "stage3_param_persistence_threshold": 0}
+        return {**deepspeed_config(config, passes), "zero_optimization": zero}
+
+    engine_module.deepspeed_config = spreading
+
+
+def deepspeed_worker(rank: int, world: int, folder: str) -> None:
+    """One rank: all stages one after the other, then a save and a load into a fresh engine."""
+    _begin(rank, world, folder)
     device, results = torch.device("cpu"), {}
     for stage in (0, 1, 2, 3):
         for passes in (1, 4, 2):
@@ -101,8 +113,7 @@ def deepspeed_worker(rank: int, world: int, folder: str) -> None:
 
 def adapter_worker(rank: int, world: int, folder: str) -> None:
     """One rank: adapters under ZeRO 3 with layers computed again, under 1 and 2, then saved and loaded under 3."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/rendezvous")
+    _begin(rank, world, folder)
     device, results = torch.device("cpu"), {}
     config = _adapter_config("model.gradient_checkpointing=true")
     engine = build_engine(build_model(config, make_table()), config, 1, device)
@@ -136,8 +147,7 @@ def adapter_worker(rank: int, world: int, folder: str) -> None:
 
 def changing_worker(rank: int, world: int, folder: str) -> None:
     """One rank of one phase: go on from the other phase's files, train, write files; every stage, full and adapters."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{folder}/rendezvous")
+    _begin(rank, world, folder)
     device, results = torch.device("cpu"), {}
     here = Path(folder)
     for name, config in changing_configs().items():

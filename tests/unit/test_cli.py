@@ -137,7 +137,7 @@ def test_another_configuration_under_a_runs_name_is_refused_with_what_differs(
     answer = Answer(["train", f"train.run={stored_run}", "packing.k=6", "optim.lr=0.5", "--root", root], capsys)
     answer.assert_refused(
         f"train.run={stored_run}: exists with another configuration",
-        "optim.lr: got 0.5; expected 0.003 as in the stored run",
+        "optim.lr: got 0.5; expected 0.0015 as in the stored run",
         "packing.k: got 6; expected 5 as in the stored run",
     )
 
@@ -209,7 +209,7 @@ def test_benches_and_estimate_end_with_one_line_of_json(tmp_path: Path, capsys: 
     attended = json.loads(Answer(["bench", "attention", "--row-tokens", "128", "--repeats", "1", "--json"], capsys).out)
     assert attended["banded_over_dense"] > 0
     foretold = json.loads(Answer(["estimate", *given], capsys).out)
-    assert [row["k"] for row in foretold["rows"]] == [1, 20]
+    assert [row["k"] for row in foretold["rows"]] == [1, 50]
     assert all(row["fits"] for row in foretold["rows"])
 
 

@@ -158,7 +158,7 @@ def test_value_out_of_range_names_its_path_what_was_got_and_what_was_expected(ov
         (["packing.streams=4", "cluster.workers=3"], "packing.streams must be a multiple of cluster.workers"),
         (["train.engine=torch", "cluster.workers=2"], "set cluster.workers=1"),
         (["packing.k=all", "packing.k_min=5"], "packing: k_min=5 draws from k_min to k, which is all"),
-        (["packing.k_min=21"], "packing: k_min=21 is above k=20: lower packing.k_min or raise packing.k"),
+        (["packing.k_min=51"], "packing: k_min=51 is above k=50: lower packing.k_min or raise packing.k"),
         (["optim.targets_per_step=3", "packing.streams=4"], "optim.targets_per_step must be at least"),
     ],
 )
@@ -249,13 +249,19 @@ def test_mapping_of_columns_belongs_to_a_tabular_source_with_a_path(tmp_path: Pa
     assert "catalogue and columns are for source tabular; movielens knows its own files" in fault
 
 
+def test_a_default_row_holds_a_default_prompt_of_the_longest_texts() -> None:
+    packing, longest = RunConfig().packing, RunConfig().prompt.max_item_tokens + 1
+    assert isinstance(packing.k, int)
+    assert (packing.n + packing.k) * longest + packing.k <= packing.row_tokens
+
+
 def test_a_value_set_at_a_dotted_key_keeps_its_type() -> None:
     base = load_config([], ["packing.n=5"])
     config = with_values(base, {"packing.k": "all", "lora.rank": 8, "eval.n": None, "prompt.prefix": "1e5"})
     assert (config.packing.k, config.lora.rank, config.eval.n, config.prompt.prefix) == ("all", 8, None, "1e5")
     assert config.packing.n == 5
     assert with_values(base, {}) == base
-    assert base.packing.k == 20
+    assert base.packing.k == 50
 
 
 def test_values_set_at_dotted_keys_are_checked_like_overrides() -> None:
@@ -356,10 +362,10 @@ def test_hash_is_16_hex_digits_and_the_same_in_every_process() -> None:
 
 
 def test_differences_name_key_new_and_stored_value() -> None:
-    found = differences(RunConfig(), load_config([], ["packing.k=50", "optim.lr=0.1", "storage.root=elsewhere"]))
+    found = differences(RunConfig(), load_config([], ["packing.k=20", "optim.lr=0.1", "storage.root=elsewhere"]))
     assert [str(fault) for fault in found] == [
-        "optim.lr: got 0.1; expected 0.003 as in the stored run",
-        "packing.k: got 50; expected 20 as in the stored run",
+        "optim.lr: got 0.1; expected 0.0015 as in the stored run",
+        "packing.k: got 20; expected 50 as in the stored run",
     ]
     assert differences(RunConfig(), RunConfig()) == []
 

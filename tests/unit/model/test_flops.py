@@ -54,7 +54,7 @@ def dense_work(batch: PackedBatch) -> Work:
     rows, size = batch.tokens.shape
     sums = batch.after.shape[1]
     texts = int(predicted_text(batch).sum())
-    return Work(content=rows * (size - sums), sums=rows * sums, sum_pairs=rows * size * size, texts=texts)
+    return Work(content=rows * (size - sums), sums=rows * sums, sum_pairs=rows * size * size, text_tokens=texts)
 
 
 @pytest.mark.parametrize("text_weight", [0.0, 0.1])
@@ -70,8 +70,8 @@ def test_flops_equal_those_that_torch_counts_on_the_dense_path(trained: str, tex
         for parameter in model.decoder.parameters():
             parameter.requires_grad_(False)
     with FlopCounterMode(display=False) as forward:
-        log_odds, of_text = model(batch, has_text=True)
-        loss = loss_sum(log_odds, batch.labels, batch.is_target) + of_text
+        log_odds, text_loss = model(batch, is_text_asked=True)
+        loss = loss_sum(log_odds, batch.labels, batch.is_target) + text_loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     expected = count_flops(model, dense_work(batch))

@@ -14,6 +14,7 @@ from dti_ray.errors import ConfigError
 from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import collate
 from dti_ray.model.loss import predicted_text
+from dti_ray.model.shape import build_shape
 from dti_ray.model.speed import speed_up
 from tests.builders import make_config, make_model, make_sequences, make_table, train_spec
 
@@ -52,7 +53,7 @@ def test_a_target_counts_once_and_the_same_alone_and_among_others(backend: str) 
     def loss(k: int | None) -> float:
         rows = list(pack(make_sequences(LENGTHS), table, train_spec(config, k=k, n=50, row_tokens=400)))
         with torch.no_grad():
-            return float(model(collate(rows, table), has_text=True)[1])
+            return float(model(collate(rows, table), is_text_asked=True)[1])
 
     assert loss(1) > 1.0
     assert loss(4) == pytest.approx(loss(1), rel=1e-5)
@@ -64,7 +65,7 @@ def test_the_second_loss_is_proportional_to_its_weight_and_leaves_answers_as_the
     rows = list(pack(make_sequences(LENGTHS), table, train_spec(make_config(), k=4)))
     models = [make_model(make_config(f"optim.text_weight={weight}"), table) for weight in (0.0, 0.5, 1.0)]
     with torch.no_grad():
-        found = [model(collate(rows, table), has_text=True) for model in models]
+        found = [model(collate(rows, table), is_text_asked=True) for model in models]
     assert float(found[0][1]) == 0.0
     assert float(found[2][1]) == pytest.approx(2 * float(found[1][1]))
     assert all(torch.equal(log_odds, found[0][0]) for log_odds, _ in found)
@@ -77,11 +78,11 @@ def test_learning_to_predict_texts_lowers_their_loss_and_trains_the_embedding() 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
-        _, of_text = model(batch, has_text=True)
+        _, text_loss = model(batch, is_text_asked=True)
         optimizer.zero_grad()
-        of_text.backward()
+        text_loss.backward()
         optimizer.step()
-        losses.append(float(of_text.detach()))
+        losses.append(float(text_loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -91,8 +92,9 @@ def test_a_decoder_with_an_lm_head_of_its_own_is_refused_by_name(tmp_path: Path)
     table = TokenTable(*(torch.zeros(2, dtype=torch.int32).numpy() for _ in range(3)), 40, (None, 0, 1))
     named = f"model.name_or_path={tmp_path}"
     build_model(make_config(named), table)
-    with pytest.raises(ConfigError, match=r"optim.text_weight: got 0.1, but .* has an LM head of its own"):
-        build_model(make_config(named, "optim.text_weight=0.1"), table)
+    for build in (build_model, build_shape):  # the second one before any worker starts
+        with pytest.raises(ConfigError, match=r"optim.text_weight: got 0.1, but .* has an LM head of its own"):
+            build(make_config(named, "optim.text_weight=0.1"), table)
 
 
 def test_gradients_are_the_same_where_layers_are_computed_again() -> None:
@@ -103,8 +105,8 @@ def test_gradients_are_the_same_where_layers_are_computed_again() -> None:
         config = make_config("optim.text_weight=1.0", "model.layers=3", f"model.gradient_checkpointing={again}")
         model = make_model(config, table).train()
         speed_up(model.decoder, config.model, torch.device("cpu"))
-        log_odds, of_text = model(collate(rows, table), has_text=True)
-        (log_odds.sum() + of_text).backward()
+        log_odds, text_loss = model(collate(rows, table), is_text_asked=True)
+        (log_odds.sum() + text_loss).backward()
         found.append([weight.grad for weight in model.trained().values()])
     for plain, repeated in zip(*found, strict=True):
         assert plain is not None

@@ -74,14 +74,14 @@ class PoisonedEngine(TorchEngine):
         self.passes, self.poisoned = 0, poisoned
 
     def forward_training(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        log_odds, of_text = super().forward_training(batch)
+        log_odds, text_loss = super().forward_training(batch)
         self.passes += 1
         if self.passes in self.poisoned:
             row, column = batch.is_target.nonzero()[0]
             mask = torch.zeros_like(log_odds)
             mask[row, column] = math.nan
-            return log_odds + mask, of_text
-        return log_odds, of_text
+            return log_odds + mask, text_loss
+        return log_odds, text_loss
 
 
 def tiny_run(root: Path, *overrides: str) -> RunConfig:
