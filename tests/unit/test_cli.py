@@ -178,7 +178,7 @@ def test_config_show_prints_yaml_that_loads(tmp_path: Path, capsys: pytest.Captu
         (["bench", "train", "--k", "0"], "error --k: got '0'; expected a positive integer, or all"),
         (["bench", "train", "--window", "foo"], "error packing.window: got 'foo'"),
         (["bench", "train", "packing.row_tokens=50"], "error packing.row_tokens: got 50; expected at least"),
-        (["bench", "pack", "--k", "2000"], "error packing.row_tokens: got 4096; expected at least"),
+        (["bench", "pack", "--k", "4000"], "error packing.row_tokens: got 8192; expected at least"),
         (["estimate", "--gpu", "X"], "error --gpu: got 'X'; expected one of B200"),
         (["estimate", "data.name=other"], "is no complete data set; expected a manifest.json; run `dti-ray prepare`"),
     ],
