@@ -110,10 +110,6 @@ class ClickModel(nn.Module):
         states, plan = self._run(batch, choose_backend(self.attention, batch.tokens.device.type))
         return (self.head(states), self._text_loss(plan)) if is_text_asked else self.head(states)
 
-    def read(self, batch: PackedBatch) -> Float[Tensor, "B S W"]:
-        """Return the states at every [SUM], after the decoder's last norm."""
-        return self._run(batch, choose_backend(self.attention, batch.tokens.device.type))[0]
-
     def visit(self, batch: PackedBatch, visit: Visit) -> tuple[Float[Tensor, "B S"], Read]:
         """Score rows of which the first tokens were read before.
 

@@ -249,12 +249,6 @@ def test_mapping_of_columns_belongs_to_a_tabular_source_with_a_path(tmp_path: Pa
     assert "catalogue and columns are for source tabular; movielens knows its own files" in fault
 
 
-def test_a_default_row_holds_a_default_prompt_of_the_longest_texts() -> None:
-    packing, longest = RunConfig().packing, RunConfig().prompt.max_item_tokens + 1
-    assert isinstance(packing.k, int)
-    assert (packing.n + packing.k) * longest + packing.k <= packing.row_tokens
-
-
 def test_a_value_set_at_a_dotted_key_keeps_its_type() -> None:
     base = load_config([], ["packing.n=5"])
     config = with_values(base, {"packing.k": "all", "lora.rank": 8, "eval.n": None, "prompt.prefix": "1e5"})

@@ -383,3 +383,10 @@ def test_cold_users_are_targets_unless_they_are_left_out() -> None:
             cold = replace(spec, min_context=min_context)
             users = {user for user, _ in targets_of(list(pack(sequences, table, cold)))}
             assert users == {user for user, length in enumerate([1, 1, 2, 5]) if length > min_context}
+
+
+def test_a_default_row_holds_a_default_prompt_of_the_longest_texts() -> None:
+    config = load_config([], [])
+    packing, longest = config.packing, config.prompt.max_item_tokens + 1
+    assert isinstance(packing.k, int)
+    assert (packing.n + packing.k) * longest + packing.k <= packing.row_tokens
