@@ -143,7 +143,11 @@ def _collect_items(attempt: Attempt) -> pa.Table:
 
 
 def _partitions(attempt: Attempt) -> int:
-    return max(1, math.ceil(sum(piece.rows for piece in attempt.pieces) / attempt.data.shard_interactions))
+    return max(1, math.ceil(_expected_rows(attempt) / attempt.data.shard_interactions))
+
+
+def _expected_rows(attempt: Attempt) -> float:
+    return sum(piece.rows for piece in attempt.pieces) * (attempt.data.user_fraction or 1)
 
 
 def _scatter(attempt: Attempt, item_ids: ray.ObjectRef[pa.Array]) -> tuple[list[Scattered], dict[int, str]]:
@@ -199,7 +203,7 @@ def _segment_interactions(attempt: Attempt) -> int:
     if attempt.data.segment_interactions is not None:
         return attempt.data.segment_interactions
     least, most = SEGMENT
-    wanted = sum(piece.rows for piece in attempt.pieces) / SEGMENTS
+    wanted = _expected_rows(attempt) / SEGMENTS
     return min(most, max(least, 2 ** math.ceil(math.log2(max(wanted, 1)))))
 
 

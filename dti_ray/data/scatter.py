@@ -13,6 +13,7 @@ once, writes the same bytes to the same names.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -28,13 +29,14 @@ from pyarrow import ipc
 from dti_ray.config.data import DataConfig
 from dti_ray.data.checks import INTERACTIONS, REFUSED, TEXTS, Checked, check
 from dti_ray.data.clock import Kind
-from dti_ray.data.sources.raw import Piece, RawLog
+from dti_ray.data.sources.raw import USER, Piece, RawLog
 from dti_ray.data.sources.values import as_text
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
 
 BLOCK_ROWS = 2_000_000  # rows that a task holds at once, if a shard is not smaller
 EXAMPLES = 3  # rows of each reason that a message may quote
+HASH_BYTES = 8
 
 # A good row has the columns of `INTERACTIONS`, a refused one its texts and a reason; user, file and row serve both.
 REFUSED_AS = {name: f"refused_{name}" for name in ("item_id", "label", "time")}
@@ -100,7 +102,7 @@ def scatter(
     def attempt() -> Scattered:
         found = Scattered()
         for block, rows in enumerate(_blocks(raw, piece, min(BLOCK_ROWS, data.shard_interactions))):
-            checked = check(rows, piece.file, data, item_ids)
+            checked = check(of_drawn_users(rows, data.user_fraction), piece.file, data, item_ids)
             found.count(checked, name)
             path = f"{scratch}/rows-{number:05d}-{block:05d}.arrow"
             storage.write(path, by_partition(_joined(checked), partitions))
@@ -189,6 +191,29 @@ def by_partition(rows: pa.Table, partitions: int) -> bytes:
             (batch,) = ordered.slice(start, stop - start).to_batches() or [pa.RecordBatch.from_pylist([], rows.schema)]
             writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
+
+
+def of_drawn_users(rows: pa.Table, fraction: float | None) -> pa.Table:
+    """Keep the rows of a share of the users: those of whom a hash of the id lies below it.
+
+    A user who is kept with a fraction is kept with every larger one. A row without a user, as a broken line is, belongs
+    to none of them.
+
+    Args:
+        rows: with the column of users, as a `RawLog` delivers it.
+        fraction: share of the users, 0 to 1; None keeps every row.
+    """
+    if fraction is None:
+        return rows
+    user = pc.fill_null(as_text(rows[USER]), "").combine_chunks().dictionary_encode()
+    kept = [bool(name.strip()) and _hash(name) < fraction for name in user.dictionary.to_pylist()]
+    return rows.filter(pa.array(np.array(kept, bool)[user.indices.to_numpy()]))
+
+
+def _hash(name: str) -> float:
+    """Return a number from 0 to 1 that looks as if drawn at random."""
+    digest = hashlib.blake2b(name.encode(), digest_size=HASH_BYTES).digest()
+    return int.from_bytes(digest, "big") / 2 ** (8 * HASH_BYTES)
 
 
 def partition_of(user_ids: pa.ChunkedArray, partitions: int) -> NDArray[np.int32]:

@@ -17,9 +17,9 @@ from pyarrow import parquet as pq
 
 from dti_ray.config.data import DataConfig
 from dti_ray.data.gather import read_batch
-from dti_ray.data.scatter import EXAMPLES, ROWS, Scattered, collect_items, first_of_each, scatter
+from dti_ray.data.scatter import EXAMPLES, ROWS, Scattered, collect_items, first_of_each, of_drawn_users, scatter
 from dti_ray.data.sources import lines, locate
-from dti_ray.data.sources.raw import Piece, RawLog
+from dti_ray.data.sources.raw import USER, Piece, RawLog
 from dti_ray.errors import Fault, InputError, StorageError
 from dti_ray.storage import Storage
 
@@ -196,6 +196,29 @@ def test_damaged_file_is_raised_or_reported_as_the_configuration_says(tmp_path: 
     assert f"{path}: is damaged: " in found.problem
     with pytest.raises(InputError, match=r"log\.parquet: is damaged: "):
         scatter_all(raw, config.model_copy(update={"on_bad_file": "fail"}), storage)
+
+
+def test_share_of_users_keeps_all_or_nothing_of_each_and_smaller_shares_lie_within_larger_ones() -> None:
+    users = [f"u{at % 2_000}" for at in range(6_000)]
+    rows = pa.table({USER: [*users, None, " "]})
+    kept = {share: of_drawn_users(rows, share)[USER].to_pylist() for share in (0.01, 0.1, 0.5, 1.0)}
+    assert kept[1.0] == users, "nobody's rows belong to no share"
+    assert of_drawn_users(rows, None).equals(rows)
+    drawn = [set(names) for names in kept.values()]
+    assert drawn[0] < drawn[1] < drawn[2]
+    for share, names in kept.items():
+        assert sorted(names) == sorted(3 * list(set(names)))
+        assert len(set(names)) == pytest.approx(2_000 * share, abs=4 * (2_000 * share * (1.001 - share)) ** 0.5)
+
+
+def test_users_who_are_left_out_are_neither_refused_nor_counted(tmp_path: Path) -> None:
+    config, raw = tabular(write_csv(tmp_path / "log.csv", ROWS_CSV), user_fraction=0.5)
+    (found,) = scatter_all(raw, config, Storage(str(tmp_path)))
+    seen = rows_of(Storage(str(tmp_path)), [found])
+    drawn = {row["user_id"] for row in seen}
+    theirs = [line for line in ROWS_CSV if line.split(",")[0] in drawn and line.count(",") == HEADING.count(",")]
+    assert 0 < len(drawn) < 7
+    assert found.rows == len(seen) == len(theirs), "of a broken line nobody knows whose it is"
 
 
 def test_scratch_file_is_compressed_arrow_with_one_batch_per_partition(tmp_path: Path) -> None:
