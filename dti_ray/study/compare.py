@@ -132,6 +132,15 @@ class Comparison:
     streaming: Mapping[Asked, Gap]
     classics: tuple[ClassicQuality, ...]
 
+    @property
+    def is_against_window(self) -> bool:
+        """Whether the reference is a sliding window; so it is until it is known to be something else."""
+        return self.is_window(self.reference) or not self._all_of(self.reference)
+
+    def is_window(self, row: str | None) -> bool:
+        """Return whether a row's prompts have one target each."""
+        return any(one.k == 1 for one in self._all_of(row))
+
     def of(self, row: str, split: str, protocol: str) -> list[Quality]:
         """Return a row's qualities, one for each context, the main one first."""
         found = [one for asked, one in self.qualities.items() if asked[:3] == (split, row, protocol)]

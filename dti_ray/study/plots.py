@@ -137,7 +137,7 @@ def plot_gaps(study: StudyConfig, compared: Comparison) -> Picture | None:
 def plot_contexts(study: StudyConfig, compared: Comparison) -> Picture | None:
     """AUC under sliding inference against the context at inference; sliding windows of any context beside it."""
     several = contexts_rows(compared)
-    alone = [row for row in study.rows if row not in several and _is_sliding_window(row, compared)]
+    alone = [row for row in study.rows if row not in several and compared.is_window(row)]
     split = split_of(study, compared, [*several, *alone])
     told = {row: [one for one in compared.of(row, split, "sliding") if _is_drawn(one)] for row in [*several, *alone]}
     told = {row: sorted(found, key=lambda one: one.asked.n) for row, found in told.items() if found}
@@ -200,10 +200,6 @@ def _gap_series(study: StudyConfig, compared: Comparison) -> dict[str, list[str]
     return series
 
 
-def _is_sliding_window(row: str, compared: Comparison) -> bool:
-    return any(one.k == 1 for asked, one in compared.qualities.items() if asked.row == row)
-
-
 def _is_drawn(one: Quality) -> bool:
     return math.isfinite(one.auc.value) and (one.gap is None or math.isfinite(one.gap.auc.value))
 
@@ -234,6 +230,9 @@ def _whisker(axes: Axes, x: float, one: Quality, colour: str) -> None:
 
 def _seconds_axis(axes: Axes, seconds: Sequence[float]) -> None:
     """Write times as people do, with few ticks."""
+    if min(seconds) == max(seconds):  # a logarithmic axis finds no width of its own for one point
+        axes.set_autoscalex_on(False)
+        axes.set_xlim(seconds[0] / 2, seconds[0] * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(seconds) < 1000 * min(seconds) else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(COUNTS)

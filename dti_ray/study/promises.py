@@ -88,9 +88,9 @@ def planned_seeds(study: StudyConfig, row: str) -> tuple[int, ...]:
 
 
 def promises(results: StudyResults, compared: Comparison, costs: Mapping[str, Cost]) -> list[Promise]:
-    """Return all promises with their verdicts."""
+    """Return all promises with their verdicts; those on a sliding window only where it is the reference."""
     kept = [_same_quality(results, compared, costs, k, speedup) for k, speedup in WANTED_SPEEDUP.items()]
-    return [*kept, _better_than_classics(results, compared)]
+    return [*(kept if compared.is_against_window else ()), _better_than_classics(results, compared)]
 
 
 def _same_quality(

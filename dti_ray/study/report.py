@@ -78,10 +78,13 @@ def _asked(found: Findings) -> str:
     study = found.results.study
     planned = sum(len(planned_seeds(study, row)) for row in study.rows)
     lacking = sum(map(len, found.missing.values()))
+    rival, question = f"row `{found.compared.reference}`", ""
+    if found.compared.is_against_window:
+        rival = f"the packed sliding window ({rival})"
+        question = "What do k targets a prompt cost in quality, and what do they save, against one target a prompt? "
     lines = [
-        "What do k targets a prompt cost in quality, and what do they save, against one target a prompt? "
-        f"{plural(len(study.rows), 'way')} of training ({plural(planned, 'run')}) on the same targets, compared with "
-        f"the packed sliding window (row `{found.compared.reference}`) asked under sliding inference."
+        f"{question}{plural(len(study.rows), 'way')} of training ({plural(planned, 'run')}) on the same targets, "
+        f"compared with {rival} asked under sliding inference."
     ]
     if lacking:
         lines.append(
@@ -109,12 +112,20 @@ def _headline(found: Findings, drawn: list[Picture], name: str) -> str:
     split = tables.split_of(found.results.study, found.compared, rows)
     words = (
         f"{SPLIT_WORDS[split]}; AUC is a mean over seeds, a gap is AUC less that of the reference under sliding "
-        f"inference. {TIMES} packed, {TIMES} padded: how many times the seconds of the row's training a packed, and a "
-        "padded, sliding window takes. "
-        + ("" if found.results.padded_over_packed else "The padded one was not measured.")
+        f"inference. {_speed_words(found)}"
     )
     body = tables.headline_table(found.compared, found.costs, rows, split)
-    return "\n\n".join(["## Headline", words.strip(), body, _picture(drawn, name, "seconds"), _INTERVALS])
+    return "\n\n".join(["## Headline", words, body, _picture(drawn, name, "seconds"), _INTERVALS])
+
+
+def _speed_words(found: Findings) -> str:
+    if not found.compared.is_against_window:
+        return f"{TIMES} reference: how many times the seconds of the row's training the reference takes."
+    words = (
+        f"{TIMES} packed, {TIMES} padded: how many times the seconds of the row's training a packed, and a padded, "
+        "sliding window takes."
+    )
+    return words if found.results.padded_over_packed else f"{words} The padded one was not measured."
 
 
 _INTERVALS = (
@@ -208,7 +219,7 @@ def _price(found: Findings) -> str:
         "Best at: share of the training after which the state that answers was reached. "
         "s / M: seconds per million targets."
     )
-    return "\n\n".join(["## What training costs", words, tables.costs_table(found.costs)])
+    return "\n\n".join(["## What training costs", words, tables.costs_table(found.compared, found.costs)])
 
 
 def _reruns(found: Findings) -> str:

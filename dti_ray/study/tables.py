@@ -24,9 +24,15 @@ def split_of(study: StudyConfig, compared: Comparison, rows: Sequence[str]) -> s
     return "test" if is_tested and all(study.rows[row].final for row in rows) else "valid"
 
 
+def less_than(compared: Comparison) -> str:
+    """Return the head of a column that says how many times less a row takes to train than the reference."""
+    return f"{TIMES} packed" if compared.is_against_window else f"{TIMES} reference"
+
+
 def headline_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequence[str], split: str) -> str:
     """Return rows x protocols with gap and speed-up, each row with its main context."""
-    header = ["row", "protocol", "k", "n", "seeds", "AUC", "gap (95 %)", f"{TIMES} packed", f"{TIMES} padded"]
+    padded = [f"{TIMES} padded"] if compared.is_against_window else []
+    header = ["row", "protocol", "k", "n", "seeds", "AUC", "gap (95 %)", less_than(compared), *padded]
     lines = []
     for row in rows:
         for protocol in PROTOCOLS:
@@ -34,14 +40,15 @@ def headline_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequen
             if one is None or cost is None:
                 continue
             name = f"**{row}** (reference)" if row == compared.reference else f"**{row}**"
-            speed = [times(cost.speedup_packed), times(cost.speedup_padded)]
+            speed = [times(cost.speedup_packed), *(times(cost.speedup_padded) for _ in padded)]
             lines.append([name, protocol, f"{one.k}", f"{one.asked.n}", _seeds(one), _auc(one), _gap(one), *speed])
     return table(header, lines, texts=2)
 
 
 def ablation_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequence[str], split: str) -> str:
     """Return rows x contexts with both protocols beside each other."""
-    header = ["row", "k", "n", "seeds", "AUC sliding", "gap (95 %)", "AUC streaming", "gap (95 %)", f"{TIMES} packed"]
+    quality = ["AUC sliding", "gap (95 %)", "AUC streaming", "gap (95 %)"]
+    header = ["row", "k", "n", "seeds", *quality, less_than(compared)]
     lines = []
     for row in rows:
         sliding, streaming = ({one.asked.n: one for one in compared.of(row, split, name)} for name in PROTOCOLS)
@@ -85,11 +92,11 @@ def seeds_table(compared: Comparison, rows: Iterable[str], split: str) -> str:
     return table(header, lines, texts=2)
 
 
-def costs_table(costs: Mapping[str, Cost]) -> str:
+def costs_table(compared: Comparison, costs: Mapping[str, Cost]) -> str:
     """Return what training each row costs."""
     per_target = ["s / M", "tokens / target", "FLOP / target"]
     fewer = [f"{TIMES} fewer tokens", f"{TIMES} fewer FLOPs"]
-    header = ["row", "seconds (clock)", "best at", *per_target, f"{TIMES} packed (clock)", *fewer]
+    header = ["row", "seconds (clock)", "best at", *per_target, f"{less_than(compared)} (clock)", *fewer]
     return table(
         header,
         [

@@ -85,6 +85,17 @@ def test_whole_study_is_written_as_page_json_and_pictures(files: list[Path]) -> 
     assert "No correction." in page
 
 
+def test_study_whose_reference_is_no_sliding_window_promises_nothing_against_one(tmp_path: Path) -> None:
+    rows = {name: ROWS[name] for name in ("anchored-50", "naive-50")}
+    runs = [trained(row, seed, 1.0, 70.0) for row in rows for seed in range(3)]  # as long: one point of an axis
+    made = results(rows, runs, [classic(4.0)], **{**STUDY, "headline": list(rows), "tables": []})
+    page = write_quality(made, tmp_path, "made")[0].read_text(encoding="utf-8")
+    assert "compared with row `anchored-50` asked under sliding inference" in page
+    assert f"{TIMES} reference |" in page
+    assert not any(word in page for word in ("packed", "padded", "against one target", "less training time"))
+    assert page.count("- **Reached**") == 1, "the default against the baselines"
+
+
 def test_tables_are_no_wider_than_nine_columns_and_all_lines_of_one_have_as_many(files: list[Path]) -> None:
     page = files[0].read_text(encoding="utf-8")
     tables = [
