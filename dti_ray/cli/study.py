@@ -117,17 +117,19 @@ def _stated(one: Repeat) -> tuple[str, str, str]:
 
 def _tell_plan(study: Study) -> None:
     """Say what is about to be done."""
-    grid = Table("row", "changes", "seeds", "n asked", "test", "tokens (M)", title=f"study {study.name}")
+    from dti_ray.study.words import count
+
+    grid = Table("row", "changes", "seeds", "n asked", "test", "tokens", title=f"study {study.name}")
     for name, row in study.base.study.rows.items():
         runs = study.of_row(name)
         changes = ", ".join(f"{key} {value}" for key, value in row.change.items())
         seeds, contexts = (", ".join(map(str, values)) for values in ((run.seed for run in runs), runs[0].contexts))
         is_tested = "once" if row.final else ""
-        grid.add_row(name, changes, seeds, contexts, is_tested, f"{study.tokens(runs[0]) / 1e6:,.1f}")
+        grid.add_row(name, changes, seeds, contexts, is_tested, count(study.tokens(runs[0])))
     console.print(grid)
     total = sum(study.tokens(run) for run in study.runs)
     console.print(f"{len(study.runs)} runs in turns, one row after the other with the same seed; "
-                  f"about {total / 1e6:,.0f} M tokens in all, on {study.device.type}")  # fmt: skip
+                  f"about {count(total)} tokens in all, on {study.device.type}")  # fmt: skip
 
 
 def _tell_results(results: StudyResults) -> None:
