@@ -27,7 +27,9 @@ bench_app = typer.Typer(help="Measure speed: every figure is a ratio within one 
 
 Ks = Annotated[
     list[str],
-    typer.Option("--k", help="targets of a prompt, or all; may be given several times", default_factory=list),
+    typer.Option(
+        "--k", help="targets of a prompt, or all; may be given several times", default_factory=list, show_default=False
+    ),
 ]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="interleaved repetitions; medians are shown")]
 DEFAULT_KS = ("20", "50", "all")
