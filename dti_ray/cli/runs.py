@@ -110,8 +110,10 @@ def _stored_config(arguments: list[str], files: list[Path], root: str | None) ->
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise ConfigError(Fault("RUN", f"got {len(names)} names: {names}", "one"))
-    asked = load(files, [*overrides, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
+    where = [o for o in overrides if o.startswith(("train.run=", "storage.root="))]
+    asked = load(files, [*where, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
     stored = load_run(Storage(asked.storage.root), asked.train.run)
+    load_config([], overrides, base=stored)  # every key exists, every value holds beside the run's own
     fixed = [o for o in overrides if o.partition(".")[0] not in OF_AN_EVALUATION and not o.startswith("train.run=")]
     if fixed:
         raise ConfigError(

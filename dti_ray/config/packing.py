@@ -15,7 +15,7 @@ from dti_ray.config.section import PositiveInt, Section
 
 
 class Window(StrEnum):
-    """How far back a token sees; the names of METHOD's rules."""
+    """How far back a token sees; `interactions` is the paper's rule."""
 
     INTERACTIONS = "interactions"
     TOKENS = "tokens"

@@ -121,7 +121,7 @@ class DebiasConfig(Section):
 class ResetConfig(Section):
     """Bottleneck 1, hidden-state leakage: how far context states return to their embeddings."""
 
-    mode: Literal["off", "uniform", "distance", "constant"] = Field(default="off", description="METHOD's reset rules")
+    mode: Literal["off", "uniform", "distance", "constant"] = Field(default="off", description="rule of the return")
     alpha: Fraction = Field(default=0.1, description="alpha, or alpha_max of `distance`")
 
 

@@ -316,7 +316,7 @@ def from_table(table: pa.Table) -> Iterator[Packed]:
 
 
 def tokens_per_target(spec: PackSpec, table: TokenTable) -> float:
-    """Estimate the tokens per target from METHOD's cost formula; k = all as 64, time gaps by their mean phrase."""
+    """Estimate the tokens per target from the length of its prompts; k = all as 64, time gaps by their mean phrase."""
     per_interaction = float(table.lengths.mean() + table.gap_lengths.mean()) + 1
     run = spec.k if spec.k is not None else 64
     if spec.k_min is not None:

@@ -48,7 +48,7 @@ class Rules:
     """The window that the rules refer to.
 
     Attributes:
-        window: METHOD's rule.
+        window: the rule that bounds what a token sees.
         n: interactions that a token sees back, for `interactions`.
         window_tokens: positions that a token sees back, itself included, for `tokens`.
     """

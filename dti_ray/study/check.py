@@ -74,7 +74,7 @@ class Study:
         return self._rows(run).total_targets
 
     def tokens(self, run: PlannedRun) -> float:
-        """Estimate the tokens that a run trains, from METHOD's cost formula."""
+        """Estimate the tokens that a run trains, from the length of its prompts."""
         rows, tail = self._rows(run), run.config.optim.sliding_tail
         streamed, alone = (tokens_per_target(spec, rows.table) for spec in (rows.spec, rows.spec.sliding()))
         return ((1 - tail) * streamed + tail * alone) * rows.total_targets

@@ -119,6 +119,18 @@ def test_evaluating_on_a_data_set_that_is_gone_is_refused(
     answer.assert_refused(f"{root}/datasets/ml-100k: is no complete data set")
 
 
+def test_workers_of_an_evaluation_are_held_against_the_streams_of_its_run(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config([], ["packing.streams=16", "train.run=mine"])
+    Storage(root).write("runs/mine/config.yaml", to_yaml(config).encode())
+    answer = Answer(["evaluate", "mine", "cluster.workers=8", "--root", root], capsys)
+    answer.assert_refused(f"{root}/datasets/ml-100k: is no complete data set")
+    answer = Answer(["evaluate", "mine", "cluster.workers=5", "--root", root], capsys)
+    answer.assert_refused("packing.streams must be a multiple of cluster.workers")
+    Answer(["evaluate", "mine", "cluster.worker=8", "--root", root], capsys).assert_refused("cluster.worker: ")
+
+
 def test_wrong_split_is_refused(root: str, stored_run: str, capsys: pytest.CaptureFixture[str]) -> None:
     answer = Answer(["evaluate", stored_run, "--split", "train", "--root", root], capsys)
     answer.assert_refused("--split: got 'train'; expected valid or test")
