@@ -15,7 +15,8 @@ import typer
 
 from dti_ray.cli.data import ensure_dataset
 from dti_ray.cli.options import AsJson, Files, Overrides, Root, end, load
-from dti_ray.config import RunConfig, load_config
+from dti_ray.config import RunConfig, dotted_keys, load_config
+from dti_ray.config.load import unknown_key
 from dti_ray.display import Bar, TrainingView, console, show_evaluation
 from dti_ray.errors import ConfigError, Fault
 from dti_ray.storage import Storage
@@ -110,10 +111,12 @@ def _stored_config(arguments: list[str], files: list[Path], root: str | None) ->
     names = [argument for argument in arguments if "=" not in argument]
     if len(names) > 1:
         raise ConfigError(Fault("RUN", f"got {len(names)} names: {names}", "one"))
+    known = set(dotted_keys())
+    if unknown := [key for o in overrides if (key := o.partition("=")[0]) not in known]:
+        raise ConfigError(*map(unknown_key, unknown))
     where = [o for o in overrides if o.startswith(("train.run=", "storage.root="))]
     asked = load(files, [*where, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
     stored = load_run(Storage(asked.storage.root), asked.train.run)
-    load_config([], overrides, base=stored)  # every key exists, every value holds beside the run's own
     fixed = [o for o in overrides if o.partition(".")[0] not in OF_AN_EVALUATION and not o.startswith("train.run=")]
     if fixed:
         raise ConfigError(

@@ -127,7 +127,7 @@ def test_workers_of_an_evaluation_are_held_against_the_streams_of_its_run(
     answer = Answer(["evaluate", "mine", "cluster.workers=8", "--root", root], capsys)
     answer.assert_refused(f"{root}/datasets/ml-100k: is no complete data set")
     answer = Answer(["evaluate", "mine", "cluster.workers=5", "--root", root], capsys)
-    answer.assert_refused("packing.streams must be a multiple of cluster.workers")
+    answer.assert_refused("configuration: packing.streams must be a multiple of cluster.workers")
     Answer(["evaluate", "mine", "cluster.worker=8", "--root", root], capsys).assert_refused("cluster.worker: ")
 
 
