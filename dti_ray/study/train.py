@@ -36,8 +36,8 @@ class Trained:
     """What came of one run.
 
     Attributes:
-        seconds: of training steps at the pace of the median line of metrics, packing included; validations and
-            checkpoints are left out.
+        seconds: of training steps at the pace of the median line of metrics (a sliding tail at that of its own),
+            packing included; validations and checkpoints are left out.
         elapsed_seconds: the same, as a clock has it: with the minutes in which the machine stood still.
         loop_seconds: of the whole loop.
         targets: trained, over all epochs.
@@ -95,7 +95,7 @@ def train_run(
     best = best_state(storage, config.train.run)
     assert best is not None, "a run ends with a state"
     assert best.progress.valid_auc is not None, "and with a validation"
-    seconds, elapsed_seconds = training_seconds(read_lines(storage, folder, "train"))
+    seconds, elapsed_seconds = training_seconds(read_lines(storage, folder, "train"), config.optim.sliding_tail)
     return Trained(
         seconds=seconds,
         elapsed_seconds=elapsed_seconds,
@@ -108,11 +108,12 @@ def train_run(
     )
 
 
-def training_seconds(lines: Sequence[Line]) -> tuple[float, float]:
+def training_seconds(lines: Sequence[Line], tail: float) -> tuple[float, float]:
     """Return the seconds of training steps that lines of metrics tell, without the waits for states.
 
     Args:
         lines: of kind `train`, all of a run; each stands for the targets since the one before.
+        tail: `optim.sliding_tail`; its targets cost many times those before it, so it has a pace of its own.
 
     Returns:
         At the pace of the median line, which a machine that others use may stop now and then without effect; and
@@ -121,8 +122,13 @@ def training_seconds(lines: Sequence[Line]) -> tuple[float, float]:
     before = [0.0, *(line["targets"] for line in lines)]
     targets = [line["targets"] - start for start, line in zip(before, lines, strict=False)]
     seconds = [of / line["targets_per_s"] - line["checkpoint_s"] for of, line in zip(targets, lines, strict=True)]
-    pace = statistics.median(one / of for one, of in zip(seconds, targets, strict=True))
-    return pace * sum(targets), sum(seconds)
+    is_tail = [line["targets"] > (1 - tail) * lines[-1]["targets"] for line in lines]
+    paced = 0.0
+    for part in (False, True):
+        of_part = [(s, of) for s, of, inside in zip(seconds, targets, is_tail, strict=True) if inside is part]
+        if of_part:
+            paced += statistics.median(s / of for s, of in of_part) * sum(of for _, of in of_part)
+    return paced, sum(seconds)
 
 
 def best_state(storage: Storage, run: str) -> Checkpoint | None:

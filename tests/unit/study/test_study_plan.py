@@ -94,7 +94,15 @@ def test_training_seconds_leave_out_the_waits_for_states_and_those_of_the_pace_a
         {"targets": 160, "targets_per_s": 20.0, "checkpoint_s": 0.0},
         {"targets": 260, "targets_per_s": 0.5, "checkpoint_s": 0.0},
     ]
-    assert training_seconds(lines) == pytest.approx((260 * 3.0 / 60, 1.5 + 3.0 + 200.0))
+    assert training_seconds(lines, 0.0) == pytest.approx((260 * 3.0 / 60, 1.5 + 3.0 + 200.0))
+
+
+def test_sliding_tail_has_a_pace_of_its_own() -> None:
+    lines = [
+        {"targets": targets, "targets_per_s": pace, "checkpoint_s": 0.0}
+        for targets, pace in [(25, 5.0), (50, 5.0), (75, 1.0), (85, 0.5), (100, 0.5)]
+    ]
+    assert training_seconds(lines, 0.25) == pytest.approx((75 / 5 + 25 / 0.5, 10.0 + 25.0 + 50.0))
 
 
 def test_hours_left_are_those_of_the_same_row_or_of_as_many_tokens() -> None:
