@@ -197,8 +197,8 @@ def show_bench(what: str, rows: Sequence[Mapping[str, object]], facts: Mapping[s
     table = Table(
         title=f"{what}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), title_justify="left"
     )
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+    for name, value in rows[0].items():
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=isinstance(value, str))
     for row in rows:
         table.add_row(*(_figure(name, value) for name, value in row.items()))
     console.print(table)

@@ -70,7 +70,7 @@ def bench_train_command(
             targets=targets, targets_per_step=targets_per_step, repeats=repeats, device=device, done=bar.update,
         )  # fmt: skip
     facts = {
-        "window": str(config.packing.window), "n": config.packing.n, "layers": config.model.layers,
+        "window": str(config.packing.window), "n": config.packing.n, "model": _model_name(config),
         "precision": config.train.precision, "attention": config.model.attention, "device": str(device),
         "threads": torch.get_num_threads(), "targets_per_step": targets_per_step, "repeats": repeats,
     }  # fmt: skip
@@ -139,7 +139,7 @@ def bench_score_command(
     settle(device)
     found = bench_score(config, candidates, item_tokens, repeats, device)
     facts = {
-        "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "layers": config.model.layers,
+        "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "model": _model_name(config),
         "hidden_size": config.model.hidden_size, "window": str(config.packing.window), "device": str(device),
         "threads": torch.get_num_threads(), "repeats": repeats,
     }  # fmt: skip
@@ -218,6 +218,10 @@ def leave_cluster() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _model_name(config: RunConfig) -> str:
+    return config.model.name_or_path or f"Llama of {config.model.layers} layers"
 
 
 def _parse_ks(ks: Sequence[str]) -> list[int | str]:
