@@ -46,6 +46,13 @@ def results(
     **study: object,
 ) -> StudyResults:
     asked = StudyConfig.model_validate({"name": "made", "rows": rows, "seeds": (0, 1, 2), **study})
+    reference = asked.reference or next(iter(rows), None)
     return StudyResults(
-        asked, FACTS, "dti-ray bench quality -c a.yaml", tuple(runs), tuple(classics), padded_over_packed
+        asked,
+        FACTS,
+        "dti-ray bench quality -c a.yaml",
+        tuple(runs),
+        tuple(classics),
+        padded_over_packed,
+        is_against_window=reference is None or asked.rows[reference].change.get("packing.k", 1) == 1,
     )

@@ -140,7 +140,7 @@ def bench_score_command(
     found = bench_score(config, candidates, item_tokens, repeats, device)
     facts = {
         "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "model": _model_name(config),
-        "hidden_size": config.model.hidden_size, "window": str(config.packing.window), "device": str(device),
+        "window": str(config.packing.window), "device": str(device),
         "threads": torch.get_num_threads(), "repeats": repeats,
     }  # fmt: skip
     ratios = {"slate_speedup": found.slate_speedup, "append_speedup": found.append_speedup}
@@ -221,7 +221,7 @@ def leave_cluster() -> None:
 
 
 def _model_name(config: RunConfig) -> str:
-    return config.model.name_or_path or f"Llama of {config.model.layers} layers"
+    return config.model.name_or_path or f"Llama, {config.model.layers} layers of {config.model.hidden_size}"
 
 
 def _parse_ks(ks: Sequence[str]) -> list[int | str]:

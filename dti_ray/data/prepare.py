@@ -299,5 +299,7 @@ def _no_good_rows(dataset: Dataset, problems: Sequence[str]) -> InputError:
     where = dataset.storage.display(dataset.folder)
     has_rows = any(reason != UNREADABLE for reason in dataset.quarantined)
     hint = f"the refused rows are in {where}/quarantine" if has_rows else "; ".join(problems[:1])
-    problem = f"no interaction is left; quarantined: {counts or 'none, the raw files hold no row'}"
+    is_share = dataset.data_config["user_fraction"] is not None
+    nothing = "none, no user was drawn (data.user_fraction)" if is_share else "none, the raw files hold no row"
+    problem = f"no interaction is left; quarantined: {counts or nothing}"
     return InputError(Fault(where, problem, hint=hint))

@@ -48,7 +48,7 @@ class Scattered:
     """What a task found in one piece.
 
     Attributes:
-        rows: rows read.
+        rows: rows read, those of users who were not drawn left out.
         blocks: scratch files written, relative to the root.
         refused: reason → rows.
         examples: reason → some of these rows, as a message quotes them.

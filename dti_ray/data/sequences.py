@@ -139,6 +139,8 @@ def _splits(
     times: NDArray[np.int64], counts: NDArray[np.int64], config: DataConfig, boundaries: Boundaries | None
 ) -> NDArray[np.int8]:
     """Return each interaction's index into `SPLITS`; users lie one after the other, `counts` long."""
+    if not len(times):
+        return np.zeros(0, np.int8)
     if config.split == "global_time":
         assert boundaries is not None, "prepare finds them for this split"
         in_valid, in_test = times > boundaries.train_until, times > boundaries.valid_until

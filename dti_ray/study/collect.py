@@ -38,6 +38,7 @@ def collect_results(study: Study, command: str) -> StudyResults:
         runs=tuple(_trained_runs(study, events)),
         classics=classics or (),
         padded_over_packed=padded_over_packed(study),
+        is_against_window=study.of_row(study.reference)[0].config.packing.k == 1,
     )
 
 

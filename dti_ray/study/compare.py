@@ -4,8 +4,8 @@ Stage: study, after its runs. In: `StudyResults`, whole or in part. Out: `Compar
 Invariant: every difference is paired, target by target and seed by seed, and rests on what both sides have; what has
 not ended is absent, never guessed.
 
-The reference row answers under sliding inference with the context of its own training; a row's gap is the mean over the
-seeds that both have of (AUC of the row - AUC of the reference).
+The reference row answers under sliding inference with the context of its own training (its shortest, where it was not
+asked with that); a row's gap is the mean over the seeds that both have of (AUC of the row - AUC of the reference).
 
 **What an interval holds.** Intervals are percentiles over draws of users: they say how far the mean of these very
 models would move on other users. They do not hold what another seed would change. Three seeds are too few to be
@@ -125,17 +125,14 @@ class Comparison:
         qualities: what was asked -> how good the answers are, in the order of `study.rows`.
         streaming: under sliding inference asked -> AUC under streaming - AUC under sliding inference.
         classics: in the order of the results, validation first.
+        is_against_window: whether the reference is a sliding window.
     """
 
     reference: str | None
     qualities: Mapping[Asked, Quality]
     streaming: Mapping[Asked, Gap]
     classics: tuple[ClassicQuality, ...]
-
-    @property
-    def is_against_window(self) -> bool:
-        """Whether the reference is a sliding window; so it is until it is known to be something else."""
-        return self.is_window(self.reference) or not self._all_of(self.reference)
+    is_against_window: bool
 
     def is_window(self, row: str | None) -> bool:
         """Return whether a row's prompts have one target each."""
@@ -196,7 +193,7 @@ def compare(results: StudyResults, replicates: int = REPLICATES, seed: int = 0) 
             of_one = replace(of_one, seconds=answer.seconds * per_million, tokens=answer.tokens * per_million)
             said.setdefault(asked, {})[run.seed] = of_one
     reference = reference_row(results.study)
-    own_n = next((run.n for run in results.runs if run.row == reference), None)
+    own_n = _context_of_reference(results, reference)
     trained = {run.row: (run.k, run.n) for run in results.runs}
     qualities: dict[Asked, Quality] = {}
     for asked, by_seed in said.items():
@@ -209,8 +206,15 @@ def compare(results: StudyResults, replicates: int = REPLICATES, seed: int = 0) 
         if asked.protocol == "sliding"
         and (gap := gap_between(said.get(asked._replace(protocol="streaming"), {}), by_seed)) is not None
     }
-    compared = Comparison(reference, _with_reruns(qualities), streaming, ())
+    compared = Comparison(reference, _with_reruns(qualities), streaming, (), results.is_against_window)
     return replace(compared, classics=_classics(results, draws, said, compared))
+
+
+def _context_of_reference(results: StudyResults, reference: str | None) -> int | None:
+    """Return the context that the reference answers with: its own where it was asked with that, else its shortest."""
+    of_reference = [run for run in results.runs if run.row == reference]
+    asked = sorted({answer.n for run in of_reference for answer in run.answers})
+    return next((n for n in (*(run.n for run in of_reference), *asked) if n in asked), None)
 
 
 def reference_row(study: StudyConfig) -> str | None:

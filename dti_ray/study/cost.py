@@ -22,7 +22,7 @@ class Cost:
 
     Attributes:
         seeds: number that have ended.
-        seconds: of one training, at the pace of its median line of metrics.
+        seconds: of one training, at the pace of its median line of metrics, a sliding tail at its own.
         elapsed_seconds: of one training, as a clock has it.
         targets: trained in it, over all epochs.
         best_targets: trained until the state that answers.

@@ -116,7 +116,8 @@ def plot_gaps(study: StudyConfig, compared: Comparison) -> Picture | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.axhspan(-LARGEST_LOSS, LARGEST_LOSS, color=LIGHT["soft"], zorder=0)
+        if compared.is_against_window:
+            axes.axhspan(-LARGEST_LOSS, LARGEST_LOSS, color=LIGHT["soft"], zorder=0)
         axes.axhline(0, color=LIGHT["green"], linewidth=1.4)
         for index, ((window, protocol), found) in enumerate(told.items()):
             shift = 0.09 * (index - (len(told) - 1) / 2)
@@ -125,8 +126,9 @@ def plot_gaps(study: StudyConfig, compared: Comparison) -> Picture | None:
         axes.set(xlabel="k, targets of a prompt in training", ylabel=f"gap in AUC, {SPLIT_WORDS[split]}")
         figure.legend(loc="outside upper left", ncols=2, frameon=False)
 
+    band = ", the grey band what was promised" if compared.is_against_window else ""
     words = (
-        "The green line is the reference, the grey band what was promised; filled dots: sliding inference; open "
+        f"The green line is the reference{band}; filled dots: sliding inference; open "
         "squares: streaming inference; upright lines: 95 % intervals. Shown are rows that differ from the reference in "
         "k and window only."
     )

@@ -214,8 +214,9 @@ def _price(found: Findings) -> str:
     if not found.costs:
         return ""
     words = (
-        "Means over seeds; seconds are those of training steps at the pace of a run's median line of metrics, packing "
-        "included, validations and states left out. Clock: the same with whatever else held the machine up. "
+        "Means over seeds; seconds are those of training steps at the pace of a run's median line of metrics (a "
+        "sliding tail at its own), packing included, validations and states left out. Clock: the same with whatever "
+        "else held the machine up. "
         "Best at: share of the training after which the state that answers was reached. "
         "s / M: seconds per million targets."
     )

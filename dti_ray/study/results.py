@@ -43,8 +43,8 @@ class TrainedRun:
         seed: `train.seed`.
         k: targets of a prompt, or "all".
         n: context in training (interactions).
-        seconds: of training steps at the pace of the median line of metrics, packing included; validations and
-            checkpoints are left out.
+        seconds: of training steps at the pace of the median line of metrics (a sliding tail at its own), packing
+            included; validations and checkpoints are left out.
         elapsed_seconds: the same, as a clock has it.
         targets: trained, over all epochs.
         tokens: trained, over all epochs.
@@ -97,6 +97,7 @@ class StudyResults:
         classics: baselines, the weakest idea first.
         padded_over_packed: seconds of the padded over those of the packed sliding window, measured in turns in one
             process; None where that was not measured.
+        is_against_window: whether the reference's prompts have one target each.
     """
 
     study: StudyConfig
@@ -105,3 +106,4 @@ class StudyResults:
     runs: tuple[TrainedRun, ...]
     classics: tuple[Classic, ...]
     padded_over_packed: float | None
+    is_against_window: bool

@@ -24,7 +24,7 @@ def split_of(study: StudyConfig, compared: Comparison, rows: Sequence[str]) -> s
     return "test" if is_tested and all(study.rows[row].final for row in rows) else "valid"
 
 
-def less_than(compared: Comparison) -> str:
+def speedup_head(compared: Comparison) -> str:
     """Return the head of a column that says how many times less a row takes to train than the reference."""
     return f"{TIMES} packed" if compared.is_against_window else f"{TIMES} reference"
 
@@ -32,7 +32,7 @@ def less_than(compared: Comparison) -> str:
 def headline_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequence[str], split: str) -> str:
     """Return rows x protocols with gap and speed-up, each row with its main context."""
     padded = [f"{TIMES} padded"] if compared.is_against_window else []
-    header = ["row", "protocol", "k", "n", "seeds", "AUC", "gap (95 %)", less_than(compared), *padded]
+    header = ["row", "protocol", "k", "n", "seeds", "AUC", "gap (95 %)", speedup_head(compared), *padded]
     lines = []
     for row in rows:
         for protocol in PROTOCOLS:
@@ -48,7 +48,7 @@ def headline_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequen
 def ablation_table(compared: Comparison, costs: Mapping[str, Cost], rows: Sequence[str], split: str) -> str:
     """Return rows x contexts with both protocols beside each other."""
     quality = ["AUC sliding", "gap (95 %)", "AUC streaming", "gap (95 %)"]
-    header = ["row", "k", "n", "seeds", *quality, less_than(compared)]
+    header = ["row", "k", "n", "seeds", *quality, speedup_head(compared)]
     lines = []
     for row in rows:
         sliding, streaming = ({one.asked.n: one for one in compared.of(row, split, name)} for name in PROTOCOLS)
@@ -96,7 +96,7 @@ def costs_table(compared: Comparison, costs: Mapping[str, Cost]) -> str:
     """Return what training each row costs."""
     per_target = ["s / M", "tokens / target", "FLOP / target"]
     fewer = [f"{TIMES} fewer tokens", f"{TIMES} fewer FLOPs"]
-    header = ["row", "seconds (clock)", "best at", *per_target, f"{less_than(compared)} (clock)", *fewer]
+    header = ["row", "seconds (clock)", "best at", *per_target, f"{speedup_head(compared)} (clock)", *fewer]
     return table(
         header,
         [

@@ -119,16 +119,18 @@ def training_seconds(lines: Sequence[Line], tail: float) -> tuple[float, float]:
         At the pace of the median line, which a machine that others use may stop now and then without effect; and
         their plain sum.
     """
-    before = [0.0, *(line["targets"] for line in lines)]
-    targets = [line["targets"] - start for start, line in zip(before, lines, strict=False)]
-    seconds = [of / line["targets_per_s"] - line["checkpoint_s"] for of, line in zip(targets, lines, strict=True)]
-    is_tail = [line["targets"] > (1 - tail) * lines[-1]["targets"] for line in lines]
-    paced = 0.0
-    for part in (False, True):
-        of_part = [(s, of) for s, of, inside in zip(seconds, targets, is_tail, strict=True) if inside is part]
-        if of_part:
-            paced += statistics.median(s / of for s, of in of_part) * sum(of for _, of in of_part)
-    return paced, sum(seconds)
+    ends = [line["targets"] for line in lines]
+    tail_at = (1 - tail) * ends[-1]
+    parts: list[list[tuple[float, float]]] = [[], [], []]  # before the tail, the line that it begins in, and the tail
+    for start, end, line in zip([0.0, *ends], ends, lines, strict=False):
+        seconds = (end - start) / line["targets_per_s"] - line["checkpoint_s"]
+        parts[(start >= tail_at) + (end > tail_at)].append((end - start, seconds))
+    paced = sum(
+        statistics.median(seconds / targets for targets, seconds in part) * sum(targets for targets, _ in part)
+        for part in parts
+        if part
+    )
+    return paced, sum(seconds for part in parts for _, seconds in part)
 
 
 def best_state(storage: Storage, run: str) -> Checkpoint | None:

@@ -212,6 +212,14 @@ def test_empty_data_set_is_refused_with_the_counts(tmp_path: Path, rows: list[ob
             prepare(config, Storage(str(tmp_path)))
 
 
+@pytest.mark.parametrize("split", ["user_time", "global_time"])
+def test_share_in_which_no_user_is_says_so(tmp_path: Path, split: str) -> None:
+    path = write_lines(tmp_path / "log.csv", HEADING, *(("u", item, 4, item) for item in range(9)))
+    config = tabular(path, "data.user_fraction=1e-9", f"data.split={split}")
+    with pytest.raises(InputError, match="quarantined: none, no user was drawn"):
+        prepare(config, Storage(str(tmp_path)))
+
+
 def test_too_many_bad_rows_are_told_by_the_three_commonest_reasons_with_examples(tmp_path: Path) -> None:
     good = [("u", item, 4, 1_700_000_000 + item) for item in range(10)]
     bad = [

@@ -1,4 +1,4 @@
-"""DESIGN's laws 0 to 5, in fp32 on a randomly initialised Llama, each with a contrast that must fail."""
+"""The laws of the mask, 0 to 5, in fp32 on a randomly initialised Llama, each with a contrast that must fail."""
 
 from __future__ import annotations
 

@@ -28,6 +28,15 @@ def test_gap_of_identical_predictions_is_nothing_with_an_interval_of_nothing() -
     assert (gap.auc.value, gap.auc.low, gap.auc.high) == (0.0, 0.0, 0.0)
 
 
+def test_reference_that_was_not_asked_with_its_own_context_answers_with_its_shortest() -> None:
+    of_reference = [answer(said(3.0), n=100), answer(said(2.0), n=50)]
+    made = results({"a": {}, "b": {}}, [run("a", 0, of_reference), run("b", 0, [answer(said(2.0), n=50)])])
+    qualities = compare(made, DRAWS).qualities
+    gap = next(one.gap for key, one in qualities.items() if key.row == "b")
+    assert gap is not None
+    assert gap.auc.value == 0.0
+
+
 def test_gap_is_positive_where_the_row_is_better() -> None:
     made = results({"a": {}, "b": {}}, [run("a", 0, [answer(said(3.0))]), run("b", 0, [answer(said(0.5))])])
     gap = compare(made, DRAWS).qualities[asked("b")].gap

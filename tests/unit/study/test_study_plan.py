@@ -105,6 +105,14 @@ def test_sliding_tail_has_a_pace_of_its_own() -> None:
     assert training_seconds(lines, 0.25) == pytest.approx((75 / 5 + 25 / 0.5, 10.0 + 25.0 + 50.0))
 
 
+def test_line_in_which_the_tail_begins_counts_as_it_is() -> None:
+    lines = [
+        {"targets": targets, "targets_per_s": pace, "checkpoint_s": 0.0}
+        for targets, pace in [(40, 5.0), (80, 2.0), (90, 0.5), (100, 0.5)]
+    ]
+    assert training_seconds(lines, 0.25) == pytest.approx((40 / 5 + 40 / 2 + 20 / 0.5,) * 2)
+
+
 def test_hours_left_are_those_of_the_same_row_or_of_as_many_tokens() -> None:
     assert hours_left([("a", 10.0)], []) is None
     done = [("a", 10.0, 3600.0), ("b", 30.0, 3600.0)]
