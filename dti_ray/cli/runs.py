@@ -114,7 +114,7 @@ def _stored_config(arguments: list[str], files: list[Path], root: str | None) ->
     known = set(dotted_keys())
     if unknown := [key for o in overrides if (key := o.partition("=")[0]) not in known]:
         raise ConfigError(*map(unknown_key, unknown))  # what the run fixes is known once it is found
-    where = [o for o in overrides if o.startswith(("train.run=", "storage.root="))]
+    where = [o for o in overrides if o.startswith(("train.run=", "storage"))]
     asked = load(files, [*where, *(f"train.run={json.dumps(name, ensure_ascii=False)}" for name in names)], root)
     stored = load_run(Storage(asked.storage.root), asked.train.run)
     fixed = [o for o in overrides if o.partition(".")[0] not in OF_AN_EVALUATION and not o.startswith("train.run=")]

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from dti_ray.config.label import parse_label
-from dti_ray.config.section import Fraction, OpenFraction, PositiveInt, Section, Share
+from dti_ray.config.section import Fraction, OpenFraction, PositiveFraction, PositiveInt, Section
 
 
 class ColumnsConfig(Section):
@@ -74,7 +74,7 @@ class DataConfig(Section):
     min_interactions: PositiveInt = Field(
         default=5, description="users with fewer interactions go to quarantine (count)"
     )
-    user_fraction: Share | None = Field(
+    user_fraction: PositiveFraction | None = Field(
         default=None, description="share of the users, drawn by a hash of their ids, to try things on; null: all"
     )
     max_bad_fraction: Fraction = Field(
