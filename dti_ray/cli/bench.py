@@ -203,12 +203,12 @@ def _inputs(files: Files, overrides: Overrides, root: str | None) -> tuple[RunCo
     """Return what a bench reads; MovieLens-100K is fetched and prepared if it is not there."""
     config = load(files, overrides, root)
     storage = Storage(config.storage.root)
-    from dti_ray.data.interactions import open_dataset
+    from dti_ray.data.asked import open_asked
     from dti_ray.train.tokens import tokenizer_and_table
 
     if ensure_known_dataset(config, files, overrides):
         leave_cluster()
-    dataset = open_dataset(storage, config.data.name)
+    dataset = open_asked(config.data, storage)
     _, table = tokenizer_and_table(config, storage, dataset)
     return config, dataset, table
 

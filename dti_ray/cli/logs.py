@@ -52,12 +52,12 @@ def data_synth(
 
 def data_stats(overrides: Overrides, files: Files, root: Root = None, as_json: AsJson = False) -> None:
     """Tell what a prepared log looks like, and check its splits for leaks."""
-    from dti_ray.data.interactions import open_dataset
+    from dti_ray.data.asked import open_asked
     from dti_ray.data.stats import dataset_stats
 
     config = load(files, overrides, root)
     storage = Storage(config.storage.root)
-    dataset = open_dataset(storage, config.data.name)
+    dataset = open_asked(config.data, storage)
     table = _token_table(config, storage, dataset)
     with console.status("reading"):
         stats = dataset_stats(dataset, table)

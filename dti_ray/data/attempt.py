@@ -23,6 +23,7 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from dti_ray.config.data import DataConfig
+from dti_ray.data.asked import content_of
 from dti_ray.data.interactions import SCHEMA_VERSION, dataset_folder
 from dti_ray.data.ray_jobs import Actors, Tree, Watch, run
 from dti_ray.data.sources.files import MEMBER, ZIP
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 STATES_AT_ONCE = 8  # read, and held against what they tell of
-NOT_IN_CONTENT = ("max_bad_fraction",)  # what may change without changing a byte of the data set
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def begin(attempt: Attempt, catalogue: pa.Table | None) -> None:
     path, storage, raw = f"{attempt.scratch}/inputs.json", attempt.storage, attempt.raw
     inputs = {
         "schema_version": SCHEMA_VERSION,
-        "data": attempt.data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)),
+        "data": content_of(attempt.data),
         "files": raw.files,
         "seen": [[info.size, str(info.mtime)] for info in raw.storage.infos([_on_disk(file) for file in raw.files])],
         "pieces": [asdict(piece) for piece in attempt.pieces],

@@ -31,7 +31,8 @@ from ray.util.metrics import Gauge
 
 from dti_ray.config import DataConfig, RunConfig
 from dti_ray.data import sources
-from dti_ray.data.attempt import NOT_IN_CONTENT, SCRATCH, Attempt, begin
+from dti_ray.data.asked import check_same, content_of
+from dti_ray.data.attempt import SCRATCH, Attempt, begin
 from dti_ray.data.checks import REFUSED, item_table
 from dti_ray.data.clock import unit_of_parts
 from dti_ray.data.gather import Gathering, Part, count_times, gather, named, write_parquet
@@ -107,19 +108,7 @@ def _existing(data: DataConfig, storage: Storage) -> Dataset | None:
     if storage.read_manifest(folder) is None:
         return None
     dataset = open_dataset(storage, data.name)
-    asked, stored = data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)), dataset.data_config
-    faults = [
-        Fault(
-            f"data.{key}",
-            f"got {asked.get(key)!r}",
-            f"{stored.get(key)!r} as in {storage.display(folder)}",
-            "choose another data.name",
-        )
-        for key in sorted(asked.keys() | stored.keys())
-        if asked.get(key) != stored.get(key)
-    ]
-    if faults:
-        raise InputError(*faults)
+    check_same(data, dataset)
     verify_dataset(dataset)
     storage.delete(f"{folder}/{SCRATCH}")  # where an attempt died between its manifest and this
     return dataset
@@ -280,7 +269,7 @@ def _summary(parts: Sequence[Part], items: pa.Table, bad_files: Mapping[int, str
         targets=(train, valid, test),
         quarantined=dict(sorted(quarantined.items())),
         segments=segments,
-        data_config=attempt.data.model_dump(mode="json", exclude=set(NOT_IN_CONTENT)),
+        data_config=content_of(attempt.data),
         user_lengths=tuple(lengths[power] for power in range(max(lengths, default=-1) + 1)),
         item_words=_item_words(items),
         partitions=_partitions(attempt),

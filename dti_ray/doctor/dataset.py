@@ -9,7 +9,8 @@ import contextlib
 import time
 
 from dti_ray.config import RunConfig
-from dti_ray.data.interactions import Dataset, dataset_folder, open_dataset
+from dti_ray.data.asked import open_asked
+from dti_ray.data.interactions import Dataset, dataset_folder
 from dti_ray.doctor.check import Check, Look, passed, size, skipped
 from dti_ray.storage import Storage
 
@@ -20,14 +21,14 @@ def look_at_dataset(config: RunConfig) -> tuple[Check, Dataset | None]:
     """Open the data set and hold its files against their hashes, for `VERIFY_S` at most.
 
     Raises:
-        InputError: another version wrote it.
+        InputError: another version wrote it, or it was prepared another way than the configuration says.
         StorageError: a file is missing or damaged.
     """
     storage = Storage(config.storage.root).patient(0)
     folder = dataset_folder(config.data.name)
     if storage.read_manifest(folder) is None:
         return skipped("data set", f"{storage.display(folder)} is not prepared yet (`dti-ray prepare`)"), None
-    dataset = open_dataset(storage, config.data.name)
+    dataset = open_asked(config.data, storage)
     verified = _verify_some(dataset)
     total = sum(entry.size_bytes for entry in dataset.files)
     rest = "" if verified == len(dataset.files) else f" within {VERIFY_S:g} s; a launch verifies all"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dti_ray.config import RunConfig, StorageConfig
-from dti_ray.data.interactions import TRAIN, VALID, Dataset, open_dataset, verify_dataset
+from dti_ray.data.asked import open_asked
+from dti_ray.data.interactions import TRAIN, VALID, Dataset, verify_dataset
 from dti_ray.data.packing import check_capacity, pack_spec
 from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import ConfigError, Fault, InputError
@@ -44,9 +45,10 @@ def open_inputs(config: RunConfig, storage: Storage) -> Inputs:
 
     Raises:
         ConfigError: tokenizer or template do not fit.
-        InputError: the data set is not prepared, or has no training or validation targets.
+        InputError: the data set is not prepared, was prepared another way than the configuration says, or has no
+            training or validation targets.
     """
-    dataset = open_dataset(storage, config.data.name)
+    dataset = open_asked(config.data, storage)
     verify_dataset(dataset)
     for split, number in (("train", TRAIN), ("valid", VALID)):
         if dataset.targets[number] == 0:

@@ -33,6 +33,17 @@ def test_data_set_that_is_not_prepared_names_the_command(tmp_path: Path) -> None
         check_launch(tiny_config(tmp_path))
 
 
+def test_data_set_that_was_prepared_another_way_is_not_trained_on(tmp_path: Path) -> None:
+    write_dataset(tmp_path, LENGTHS)  # its manifest says that it was split by user_time, and nothing else
+    assert check_launch(tiny_config(tmp_path, "data.split=user_time", "data.min_interactions=7"))
+    with pytest.raises(InputError) as caught:
+        check_launch(tiny_config(tmp_path, "data.split=global_time"))
+    assert str(caught.value) == (
+        f"data.split: got 'global_time'; expected 'user_time' as in {tmp_path}/datasets/tiny; "
+        "leave it out, or prepare it under another data.name"
+    )
+
+
 def test_row_too_small_for_one_prompt_says_the_size_that_is_enough(tmp_path: Path) -> None:
     write_dataset(tmp_path, LENGTHS)
     with pytest.raises(ConfigError, match=r"packing\.row_tokens: got 30; expected at least (\d+)") as caught:
