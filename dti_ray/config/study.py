@@ -65,6 +65,7 @@ class StudyConfig(Section):
     tables: tuple[StudyTable, ...] = Field(default=(), description="the other tables, in this order")
     seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1, description="values of train.seed")
     classical: bool = Field(default=True, description="baselines without a language model too; needs the extra `study`")
+    padded: bool = Field(default=True, description="time the sliding window padded too: 16 steps of its training")
 
     @model_validator(mode="after")
     def _rows_exist(self) -> StudyConfig:

@@ -18,10 +18,10 @@ STEPS, REPEATS = 2, 3  # of the sample that padded and packed rows take turns on
 
 
 def measure_once(study: Study, follow: Follow) -> None:
-    """Time the reference, if it is a sliding window, padded and packed, in turns on the same targets."""
+    """Time the reference padded and packed, in turns, if it is a sliding window and `study.padded` asks for it."""
     path = _padded_path(study)
     reference = study.of_row(study.reference)[0]
-    if reference.config.packing.k != 1 or study.storage.exists(path):
+    if not study.base.study.padded or reference.config.packing.k != 1 or study.storage.exists(path):
         return
     inputs, step = study.inputs[study.reference], reference.config.optim.targets_per_step
     rows = bench_train(

@@ -19,6 +19,7 @@ from dti_ray.study.again import choose_run, run_again
 from dti_ray.study.answers import find_answers, read_classics, store_classics
 from dti_ray.study.check import Study
 from dti_ray.study.collect import collect_results
+from dti_ray.study.once import measure_once, padded_over_packed
 from dti_ray.study.results import Answer, Classic, StudyResults
 from dti_ray.study.run import run_study
 from dti_ray.train.checkpoint import list_checkpoints
@@ -76,6 +77,12 @@ def test_results_hold_every_run_with_what_it_cost_and_all_its_answers(finished: 
     ]
     assert results.padded_over_packed is not None
     assert results.padded_over_packed > 0
+
+
+def test_padding_is_timed_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path, padded=False)
+    measure_once(study, Notes())
+    assert padded_over_packed(study) is None
 
 
 def test_best_state_of_training_is_the_one_that_answers(finished: Path) -> None:
