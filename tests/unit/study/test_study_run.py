@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dti_ray.config import ModelConfig
 from dti_ray.errors import InputError
 from dti_ray.storage import Storage
 from dti_ray.study.again import choose_run, run_again
 from dti_ray.study.answers import find_answers, read_classics, store_classics
 from dti_ray.study.check import Study
-from dti_ray.study.collect import collect_results
+from dti_ray.study.collect import collect_results, decoder_name
 from dti_ray.study.once import measure_once, padded_over_packed
 from dti_ray.study.results import Answer, Classic, StudyResults
 from dti_ray.study.run import run_study
@@ -79,6 +81,19 @@ def test_results_hold_every_run_with_what_it_cost_and_all_its_answers(finished: 
     assert results.padded_over_packed > 0
 
 
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [
+        ({"layers": 3, "hidden_size": 64}, "Llama from scratch, 3 layers of 64"),
+        ({"name_or_path": "/home/me/models/mine"}, "mine"),
+        ({"name_or_path": "org/mine"}, "org/mine"),
+        ({"name_or_path": "/home/me/models", "gguf_file": "mine.Q4_1.gguf"}, "mine.Q4_1.gguf"),
+    ],
+)
+def test_report_names_a_model_and_not_the_folder_of_this_machine(model: dict[str, Any], known: str) -> None:
+    assert decoder_name(ModelConfig(**model)) == known
+
+
 def test_padding_is_timed_only_where_it_is_asked_for(tmp_path: Path) -> None:
     study = tiny_study(tmp_path, padded=False)
     measure_once(study, Notes())
@@ -137,7 +152,7 @@ WITHOUT_RAY = """
 import sys
 from pathlib import Path
 sys.modules["ray"] = sys.modules["deepspeed"] = None
-from dti_ray.study.collect import collect_results
+from dti_ray.study.collect import collect_results, decoder_name
 from dti_ray.study.run import run_study
 from tests.studies import Notes, tiny_study
 study = tiny_study(Path(sys.argv[1]), {"sliding": {"change": {"packing.k": 1}}}, seeds=[0])
