@@ -60,6 +60,7 @@ def bench_train_command(
     import torch
 
     from dti_ray.bench.train import bench_train
+    from dti_ray.model.decoder import decoder_name
     from dti_ray.train.host import settle, training_device
 
     device = training_device()
@@ -70,7 +71,7 @@ def bench_train_command(
             targets=targets, targets_per_step=targets_per_step, repeats=repeats, device=device, done=bar.update,
         )  # fmt: skip
     facts = {
-        "window": str(config.packing.window), "n": config.packing.n, "model": _model_name(config),
+        "window": str(config.packing.window), "n": config.packing.n, "model": decoder_name(config.model),
         "precision": config.train.precision, "attention": config.model.attention, "device": str(device),
         "threads": torch.get_num_threads(), "targets_per_step": targets_per_step, "repeats": repeats,
     }  # fmt: skip
@@ -133,13 +134,14 @@ def bench_score_command(
     import torch
 
     from dti_ray.bench.score import bench_score
+    from dti_ray.model.decoder import decoder_name
     from dti_ray.train.host import settle, training_device
 
     device = training_device()
     settle(device)
     found = bench_score(config, candidates, item_tokens, repeats, device)
     facts = {
-        "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "model": _model_name(config),
+        "candidates": candidates, "n": config.eval_n, "item_tokens": item_tokens, "model": decoder_name(config.model),
         "window": str(config.packing.window), "device": str(device),
         "threads": torch.get_num_threads(), "repeats": repeats,
     }  # fmt: skip
@@ -218,10 +220,6 @@ def leave_cluster() -> None:
     import ray
 
     ray.shutdown()
-
-
-def _model_name(config: RunConfig) -> str:
-    return config.model.name_or_path or f"Llama, {config.model.layers} layers of {config.model.hidden_size}"
 
 
 def _parse_ks(ks: Sequence[str]) -> list[int | str]:

@@ -107,6 +107,15 @@ def absolute_name(name_or_path: str | None) -> str | None:
     return str(folder.resolve()) if folder is not None and folder.is_dir() else name_or_path
 
 
+def decoder_name(model: ModelConfig) -> str:
+    """Return what a reader elsewhere knows a decoder by: a folder's path is this machine's affair."""
+    if model.gguf_file is not None:
+        return model.gguf_file
+    if model.name_or_path is None:
+        return f"Llama from scratch, {model.layers} layers of {model.hidden_size}"
+    return Path(model.name_or_path).name if Path(model.name_or_path).is_absolute() else model.name_or_path
+
+
 def check_architecture(decoder: PreTrainedModel) -> None:
     """Refuse a decoder that our attention would read wrongly, and warn of one that no test has seen.
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
-from dti_ray.config import ModelConfig
 from dti_ray.data.interactions import SPLITS
+from dti_ray.model.decoder import decoder_name
 from dti_ray.model.shape import build_shape
 from dti_ray.study.answers import find_answers, read_classics
 from dti_ray.study.check import Study
@@ -89,15 +88,6 @@ def _model(study: Study) -> str:
     trained = sum(weight.numel() for weight in shape.parameters() if weight.requires_grad)
     adapters = "" if config.lora.rank is None else f"adapters of rank {config.lora.rank}, "
     return f"{decoder_name(config.model)}, {adapters}{trained / 1e6:.3g} M weights trained"
-
-
-def decoder_name(model: ModelConfig) -> str:
-    """Return what a reader elsewhere knows it by: a folder's path is this machine's affair."""
-    if model.gguf_file is not None:
-        return model.gguf_file
-    if model.name_or_path is None:
-        return f"Llama from scratch, {model.layers} layers of {model.hidden_size}"
-    return Path(model.name_or_path).name if Path(model.name_or_path).is_absolute() else model.name_or_path
 
 
 def _hardware(machine: dict[str, object], threads: int | None) -> str:

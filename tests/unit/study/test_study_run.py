@@ -16,11 +16,12 @@ import pytest
 
 from dti_ray.config import ModelConfig
 from dti_ray.errors import InputError
+from dti_ray.model.decoder import decoder_name
 from dti_ray.storage import Storage
 from dti_ray.study.again import choose_run, run_again
 from dti_ray.study.answers import find_answers, read_classics, store_classics
 from dti_ray.study.check import Study
-from dti_ray.study.collect import collect_results, decoder_name
+from dti_ray.study.collect import collect_results
 from dti_ray.study.once import measure_once, padded_over_packed
 from dti_ray.study.results import Answer, Classic, StudyResults
 from dti_ray.study.run import run_study
@@ -152,7 +153,7 @@ WITHOUT_RAY = """
 import sys
 from pathlib import Path
 sys.modules["ray"] = sys.modules["deepspeed"] = None
-from dti_ray.study.collect import collect_results, decoder_name
+from dti_ray.study.collect import collect_results
 from dti_ray.study.run import run_study
 from tests.studies import Notes, tiny_study
 study = tiny_study(Path(sys.argv[1]), {"sliding": {"change": {"packing.k": 1}}}, seeds=[0])
