@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dti_ray.config import PackingConfig, RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, read_segment
@@ -26,14 +26,14 @@ from dti_ray.errors import Fault, InputError
 from dti_ray.model.backbone import ClickModel
 from dti_ray.model.batch import collate
 from dti_ray.model.flops import Work, count_flops, count_work
-from dti_ray.model.loss import loss_sum
+from dti_ray.model.loss import TOKENS_AT_ONCE, loss_sum
 from dti_ray.model.shape import build_shallow, build_shape
 from dti_ray.model.speed import speed_up
 
 SAMPLE_TARGETS = 20_000
 PROBE_TOKENS = 1024
 LOGIT_BYTES = 4
-TEXT_LOGITS = 3  # of each word for each predicted token: its logit, what the softmax keeps, and its gradient
+TEXT_LOGITS = 3  # of each word for each predicted token: its logit, the softmax's, and one in the weights' type
 SHALLOW = (2, 3)  # layers of the measured copies: their difference is one layer
 
 
@@ -104,7 +104,7 @@ def estimate(config: RunConfig, dataset: Dataset, table: TokenTable, peak_flops:
         memory = replace(
             state,
             activations=round(per_token * pass_tokens),
-            logits=_logit_bytes(shape, work) * pass_tokens // work.tokens,
+            logits=_logit_bytes(shape, work, pass_tokens / work.tokens),
         )
         hours = flops / (peak_flops * mfu) / 3600
         tokens = round(work.tokens * scale)
@@ -129,10 +129,19 @@ def flops_per_target(config: RunConfig, dataset: Dataset, table: TokenTable) -> 
     return flops
 
 
-def _logit_bytes(shape: ClickModel, work: Work) -> int:
-    """Return the bytes of all logits: two of each click, and of a predicted text token those of the vocabulary."""
-    words = TEXT_LOGITS * len(shape.words) * work.text_tokens if shape.text_weight else 0
-    return LOGIT_BYTES * (2 * work.sums + words)
+def _logit_bytes(shape: ClickModel, work: Work, share: float) -> int:
+    """Return the bytes of a pass's logits: two of each click, and those of the vocabulary for the text tokens held.
+
+    Texts are predicted some at a time; the gradient of their words is added up in fp32.
+    """
+    texts = 0
+    if shape.text_weight:
+        embedding = shape.decoder.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        held = min(TOKENS_AT_ONCE, work.text_tokens * share)
+        gradient = embedding.embedding_dim if shape.words.requires_grad else 0
+        texts = embedding.num_embeddings * (TEXT_LOGITS * held + gradient)
+    return round(LOGIT_BYTES * (2 * work.sums * share + texts))
 
 
 def _with_tail(cost: Cost, sliding: Cost, tail: float) -> Cost:

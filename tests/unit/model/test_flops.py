@@ -75,8 +75,9 @@ def test_flops_equal_those_that_torch_counts_on_the_dense_path(trained: str, tex
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     expected = count_flops(model, dense_work(batch))
-    assert forward.get_total_flops() == expected.forward
-    assert backward.get_total_flops() == expected.backward
+    assert forward.get_total_flops() + backward.get_total_flops() == expected.train
+    if not text_weight:  # whose gradients are made on the way forward
+        assert forward.get_total_flops() == expected.forward
 
 
 def test_a_dual_reset_makes_keys_twice_and_meets_other_interactions_twice() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dti_ray.data.packing import PackedRow, pack
@@ -13,7 +15,7 @@ from dti_ray.data.prompts import TokenTable
 from dti_ray.errors import ConfigError
 from dti_ray.model.backbone import build_model
 from dti_ray.model.batch import collate
-from dti_ray.model.loss import predicted_text
+from dti_ray.model.loss import predicted_text, word_loss_sum
 from dti_ray.model.shape import build_shape
 from dti_ray.model.speed import speed_up
 from tests.builders import make_config, make_model, make_sequences, make_table, train_spec
@@ -69,6 +71,35 @@ def test_the_second_loss_is_proportional_to_its_weight_and_leaves_answers_as_the
     assert float(found[0][1]) == 0.0
     assert float(found[2][1]) == pytest.approx(2 * float(found[1][1]))
     assert all(torch.equal(log_odds, found[0][0]) for log_odds, _ in found)
+
+
+def at_once(states: Tensor, words: Tensor, wanted: Tensor) -> Tensor:
+    return cross_entropy((states @ words.T).float(), wanted, reduction="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("tokens", [0, 5, 19])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, is_trained: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("dti_ray.model.loss.TOKENS_AT_ONCE", 8)
+    torch.manual_seed(0)
+    wanted = torch.randint(0, 30, (tokens,))
+    found = []
+    for way in (word_loss_sum, at_once):
+        torch.manual_seed(1)
+        states = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+        words = torch.randn(30, 16, dtype=dtype, requires_grad=is_trained)
+        total = way(states, words, wanted)
+        (0.1 * total).backward()
+        assert total.dtype == torch.float32
+        found.append((total.detach(), states.grad, words.grad))
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.01}
+    for ours, expected in zip(*found, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None and expected is not None:
+            assert torch.allclose(ours.float(), expected.float(), **near)
 
 
 def test_learning_to_predict_texts_lowers_their_loss_and_trains_the_embedding() -> None:
