@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dti_ray.config import PackingConfig, RunConfig
 from dti_ray.data.interactions import TRAIN, Dataset, read_segment
@@ -136,11 +136,9 @@ def _logit_bytes(shape: ClickModel, work: Work, share: float) -> int:
     """
     texts = 0
     if shape.text_weight:
-        embedding = shape.decoder.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
+        vocabulary, width = shape.words.shape
         held = min(TOKENS_AT_ONCE, work.text_tokens * share)
-        gradient = embedding.embedding_dim if shape.words.requires_grad else 0
-        texts = embedding.num_embeddings * (TEXT_LOGITS * held + gradient)
+        texts = vocabulary * (TEXT_LOGITS * held + (width if shape.words.requires_grad else 0))
     return round(LOGIT_BYTES * (2 * work.sums * share + texts))
 
 

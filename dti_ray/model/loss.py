@@ -59,8 +59,8 @@ def word_loss_sum(
 class _WordLoss(torch.autograd.Function):
     """Cross-entropy of words, whose gradients are made on the way forward, `TOKENS_AT_ONCE` tokens at a time.
 
-    Autograd would hold three copies of all logits until the way back. PyTorch's own `linear_cross_entropy` (2.13) adds
-    the loss up in the states' type, which in bf16 was 1 % off over 3,000 tokens.
+    Autograd would hold three copies of all logits until the way back. PyTorch's own `linear_cross_entropy` adds the
+    loss up in the states' type, bf16 for one, and 2.12 has none yet: docs/benchmarks/text_loss_xeon-2core_202611.md.
     """
 
     @staticmethod
